@@ -1,0 +1,29 @@
+"""quantjax: compress JAX models by quantizing their parameter trees."""
+
+from quantjax.formats import Codebook, FloatFormat, IntFormat
+from quantjax.observers import Observer, absmax, ema, minmax, mse, percentile
+from quantjax.policy import Policy, preset
+from quantjax.qtensor import QTensor
+from quantjax.rounding import Rounding
+from quantjax.spec import QuantSpec
+from quantjax.transform import dequantize, fake_quantize, quantize
+
+__all__ = [
+    "Codebook",
+    "FloatFormat",
+    "IntFormat",
+    "Observer",
+    "Policy",
+    "QTensor",
+    "QuantSpec",
+    "Rounding",
+    "absmax",
+    "dequantize",
+    "ema",
+    "fake_quantize",
+    "minmax",
+    "mse",
+    "percentile",
+    "preset",
+    "quantize",
+]

@@ -1,0 +1,252 @@
+"""Quantize, dequantize and fake-quantize one array: x -> q = clip(round(x * S)) -> q / S.
+Jacob et al. 2018, arXiv:1712.05877, equation 1; Bengio et al. 2013, arXiv:1308.3432 (the
+straight-through estimator)."""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from quantjax.blocks import sizes, split, spread
+from quantjax.formats import Codebook, ExponentFormat, Format, IntFormat
+from quantjax.kmeans import fit_levels
+from quantjax.observers import Grid, observe
+from quantjax.packing import pack, packed_axis, unpack
+from quantjax.qtensor import QTensor
+from quantjax.rounding import noise
+from quantjax.scales import inverse, scale_of_range
+from quantjax.spec import Granularity, QuantSpec
+
+
+class Scales(NamedTuple):
+    """What is found before rounding: step, code of zero, levels of a learned codebook."""
+
+    scale: jax.Array | QTensor
+    zero_point: jax.Array | None = None
+    codebook: jax.Array | None = None
+
+
+def scale_values(scale: jax.Array | QTensor | None) -> jax.Array:
+    """The scales as float32, whatever they are stored as."""
+    if scale is None:
+        return jnp.ones((), jnp.float32)
+    if isinstance(scale, QTensor):
+        scale = dequantize_array(scale)
+    return scale.astype(jnp.float32)
+
+
+def scales_of(q: QTensor) -> Scales:
+    """The scales that a quantized array carries, for quantizing another one by them."""
+    if q.scale is None:
+        raise ValueError(f"{q}: has no scale.")
+    return Scales(q.scale, q.zero_point, q.codebook)
+
+
+def find_scales(x: Float[Array, "*n"], spec: QuantSpec, weights: Any = None) -> Scales:
+    """Observes the range of every block of x and turns it into scales.
+
+    `spec.block` must be a block shape. `weights`, broadcastable to x, weigh the elements in the
+    MSE search and in k-means. NaN or infinity in a block makes its scale NaN.
+    """
+    x = x.astype(jnp.float32)
+    if weights is not None:
+        weights = jnp.broadcast_to(jnp.asarray(weights, jnp.float32), x.shape)
+    blocked_weights = None if weights is None else split(weights, spec.block).values
+    grid = Grid(spec.format, spec.symmetric, spec.scale_format)
+    low, high = observe(spec.observer, split(x, spec.block), grid, blocked_weights)
+    # The sizes of `low` are those of the blocks, axes of length one included.
+    scale, zero_point = scale_of_range(
+        low, high, spec.format, symmetric=spec.symmetric, scale_format=spec.scale_format
+    )
+    if isinstance(spec.format, Codebook) and spec.format.learned_bits is not None:
+        weights = jnp.ones(x.shape, jnp.float32) if weights is None else weights
+        step = spread(scale, x.shape, spec.block)
+
+        def fit(v: jax.Array, w: jax.Array) -> jax.Array:
+            return fit_levels(v, w, spec.format.bits)
+
+        for _ in range(x.ndim - len(spec.block)):
+            fit = jax.vmap(fit)
+        return Scales(scale, None, fit(x * inverse(step), weights * (step * step)))
+    if isinstance(spec.scale_format, ExponentFormat):
+        codes = spec.scale_format.encode(scale).astype(jnp.uint8)
+        block = (1,) * len(spec.block)
+        return Scales(QTensor(codes, None, format=spec.scale_format, block=block))
+    if spec.scale_spec is not None:
+        nested = spec.scale_spec
+        if isinstance(nested.block, Granularity):
+            nested = _with_block(nested, (None,) * len(spec.block))
+        return Scales(quantize_array(scale, find_scales(scale, nested), nested))
+    if zero_point is not None:
+        zero_point = zero_point.astype(spec.format.code_dtype)
+    return Scales(scale, zero_point)
+
+
+def _with_block(spec: QuantSpec, block: tuple[int | None, ...]) -> QuantSpec:
+    return dataclasses.replace(spec, block=block, group=None)
+
+
+def _codes(x, scales: Scales, format: Format, block, uniform=None) -> Float[Array, "*n"]:
+    factor = spread(inverse(scale_values(scales.scale)), x.shape, block)
+    v = x.astype(jnp.float32) * factor
+    if scales.codebook is not None:
+        return format.encode(v, uniform, values=scales.codebook)
+    if scales.zero_point is not None:
+        zero = spread(scales.zero_point.astype(jnp.float32), x.shape, block)
+        return format.encode(v, uniform, zero)
+    return format.encode(v, uniform)
+
+
+def _values(codes, scales: Scales, format: Format, block, dtype) -> jax.Array:
+    if scales.codebook is not None:
+        levels = format.decode(codes, scales.codebook)
+    else:
+        levels = format.decode(codes)
+    if scales.zero_point is not None:
+        levels = levels - spread(scales.zero_point.astype(jnp.float32), codes.shape, block)
+    return (levels * spread(scale_values(scales.scale), codes.shape, block)).astype(dtype)
+
+
+def _code_offset(format: Format) -> int:
+    """What is added to signed codes below 8 bits, so that they are stored without a sign."""
+    return 2 ** (format.bits - 1) if isinstance(format, IntFormat) and format.signed else 0
+
+
+def quantize_array(
+    x: Float[Array, "*n"],
+    scales: Scales,
+    spec: QuantSpec,
+    key: jax.Array | None = None,
+) -> QTensor:
+    """Codes of x under given scales: q = clip(round(x / s) + z, qmin, qmax), packed.
+
+    `spec.block` must be a block shape; the scales have one entry per block. Raises ValueError if
+    the spec rounds stochastically and there is no key.
+    """
+    uniform = noise(spec.rounding, key, x.shape)
+    codes = _codes(x, scales, spec.format, spec.block, uniform)
+    bits, axis = spec.format.bits, None
+    if bits == 8 or codes.size == 0:
+        qvalue = codes.astype(jnp.int32).astype(spec.format.code_dtype)
+    else:
+        qvalue = (codes.astype(jnp.int32) + _code_offset(spec.format)).astype(jnp.uint8)
+        reduced = tuple(b > 1 for b in sizes(x.shape, spec.block))
+        axis = packed_axis(x.shape, x.ndim - len(spec.block), bits, reduced)
+        qvalue = pack(qvalue, bits, axis)
+    return QTensor(
+        qvalue,
+        scales.scale,
+        scales.zero_point,
+        scales.codebook,
+        format=spec.format,
+        block=spec.block,
+        packed=None if axis is None else (axis, x.shape[axis]),
+        dtype=np.dtype(x.dtype),
+        act=spec.act,
+    )
+
+
+def codes_of(q: QTensor) -> Int[Array, "*n"]:
+    """The codes of a quantized array, unpacked: int8 or uint8, in the logical shape."""
+    if q.packed is None:
+        return q.qvalue
+    axis, length = q.packed
+    codes = unpack(q.qvalue, q.format.bits, length, axis)
+    offset = _code_offset(q.format)
+    return (codes.astype(jnp.int8) - np.int8(offset)) if offset else codes
+
+
+def dequantize_array(q: QTensor) -> jax.Array:
+    """The values of a quantized array, x = (level(q) - z) * s, computed in float32, cast last."""
+    if isinstance(q.format, ExponentFormat):
+        return q.format.decode(q.qvalue)
+    scales = Scales(q.scale, q.zero_point, q.codebook)
+    return _values(codes_of(q), scales, q.format, q.block, q.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _snap(format: Format, block, x, scales: Scales, uniform) -> jax.Array:
+    return _values(_codes(x, scales, format, block, uniform), scales, format, block, x.dtype)
+
+
+def _snap_forward(format: Format, block, x, scales: Scales, uniform):
+    factor = spread(inverse(scale_values(scales.scale)), x.shape, block)
+    zero = scales.zero_point
+    if zero is not None:
+        zero = spread(zero.astype(jnp.float32), x.shape, block)
+    clips = format.clips(x.astype(jnp.float32) * factor, zero)
+    return _snap(format, block, x, scales, uniform), (clips, scales, uniform)
+
+
+def _snap_backward(format: Format, block, residuals, gradient):
+    clips, scales, uniform = residuals
+    nothing = jax.tree.map(_zero_cotangent, (scales, uniform))
+    return jnp.where(clips, jnp.zeros((), gradient.dtype), gradient), *nothing
+
+
+def _zero_cotangent(x: jax.Array):
+    if jnp.issubdtype(x.dtype, jnp.floating):
+        return jnp.zeros_like(x)
+    return np.zeros(x.shape, jax.dtypes.float0)
+
+
+_snap.defvjp(_snap_forward, _snap_backward)
+
+
+def fake_quantize_array(
+    x: Float[Array, "*n"],
+    scales: Scales,
+    spec: QuantSpec,
+    key: jax.Array | None = None,
+) -> Float[Array, "*n"]:
+    """D(Q(x)) in floats: the values that `quantize_array` would store, bit for bit.
+
+    Gradient (straight-through): dL/dx = dL/dy where x lies in a cell of the grid, 0 where it is
+    clipped; none to scales, zero points and codebooks.
+    """
+    return _snap(spec.format, spec.block, x, scales, noise(spec.rounding, key, x.shape))
+
+
+@jax.custom_vjp
+def fake_quantize_levels(
+    x: Float[Array, "*n"], scale: jax.Array, qmin: jax.Array, qmax: jax.Array
+) -> Float[Array, "*n"]:
+    """clip(round(x / s), qmin, qmax) * s with traced bounds: vmap it over bit widths.
+
+    `scale`, `qmin` and `qmax` broadcast against x. Bounds that end in one half give the
+    half-integer levels: clip(floor(x / s) + 1/2, qmin, qmax) * s. Gradient as in
+    `fake_quantize_array`: passed inside the cells, cut where x is clipped and for the bounds
+    and the scale.
+
+    >>> x = jnp.array([-2.0, 0.2, 0.6])
+    >>> fake_quantize_levels(x, jnp.float32(0.5), jnp.float32(-1), jnp.float32(1)).tolist()
+    [-0.5, 0.0, 0.5]
+    """
+    return _levels(x, scale, qmin, qmax)[0]
+
+
+def _levels(x, scale, qmin, qmax):
+    scale, qmin, qmax = (jnp.asarray(a, jnp.float32) for a in (scale, qmin, qmax))
+    half = qmin != jnp.floor(qmin)
+    v = jnp.clip(x.astype(jnp.float32) * inverse(scale), -np.float32(512), np.float32(512))
+    level = jnp.where(half, jnp.floor(v) + np.float32(0.5), jnp.round(v))
+    clipped = jnp.clip(level, qmin, qmax)
+    return (clipped * scale).astype(x.dtype), level != clipped
+
+
+def _levels_forward(x, scale, qmin, qmax):
+    y, clips = _levels(x, scale, qmin, qmax)
+    return y, (clips, scale, qmin, qmax)
+
+
+def _levels_backward(residuals, gradient):
+    clips, *rest = residuals
+    zeros = jax.tree.map(jnp.zeros_like, rest)
+    return jnp.where(clips, jnp.zeros((), gradient.dtype), gradient), *zeros
+
+
+fake_quantize_levels.defvjp(_levels_forward, _levels_backward)

@@ -1,0 +1,76 @@
+"""Which elements share a scale? Blocks of an array, counted from its last axis.
+
+A block is a tuple like the end of a shape: block[i] neighbours along the axis share a scale,
+None means the whole axis, and axes before the block each have their own. (64, 1) on (I, O) is a
+group of 64 rows per column; (None, 1) one scale per column; (None, None) one for the matrix.
+The last block of an axis may be short."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+Block = tuple[int | None, ...]
+
+
+def sizes(shape: tuple[int, ...], block: Block) -> tuple[int, ...]:
+    """The block's length on every axis of `shape`, None resolved, 1 on the leading axes.
+
+    >>> sizes((6, 100, 32), (64, 1)), sizes((100, 32), (None, 1))
+    ((1, 64, 1), (100, 1))
+    """
+    lead = len(shape) - len(block)
+    whole = [n if b is None else min(b, n) for n, b in zip(shape[lead:], block, strict=True)]
+    return (1,) * lead + tuple(whole)
+
+
+def counts(shape: tuple[int, ...], block: Block) -> tuple[int, ...]:
+    """How many blocks lie along every axis: ceil(n / b), the shape of the scales.
+
+    >>> counts((6, 100, 32), (64, 1))
+    (6, 2, 32)
+    """
+    return tuple(-(-n // b) for n, b in zip(shape, sizes(shape, block), strict=True))
+
+
+class Blocked(NamedTuple):
+    """An array with every axis split in (block, place in block); reduce over `axes`."""
+
+    values: Float[Array, "*split"]
+    axes: tuple[int, ...]
+    valid: Bool[Array, "*split"] | None  # None where every block is full
+
+
+def split(x: Float[Array, "*n"], block: Block) -> Blocked:
+    """Splits x in blocks; short last blocks repeat their edge and are marked not valid."""
+    size = sizes(x.shape, block)
+    count = counts(x.shape, block)
+    pad = [(0, c * b - n) for n, b, c in zip(x.shape, size, count, strict=True)]
+    shape, axes = [], []
+    for b, c in zip(size, count, strict=True):
+        shape.append(c)
+        if b > 1:  # an axis of blocks of one is left alone: fewer axes, simpler loops
+            axes.append(len(shape))
+            shape.append(b)
+    valid = None
+    if any(after for _, after in pad):
+        valid = jnp.pad(jnp.ones(x.shape, bool), pad).reshape(shape)
+        x = jnp.pad(x, pad, mode="edge")
+    return Blocked(x.reshape(shape), tuple(axes), valid)
+
+
+def spread(per_block: Float[Array, "*b"], shape: tuple[int, ...], block: Block) -> jax.Array:
+    """One value per block, repeated over its elements: broadcastable against `shape`."""
+    for axis, (n, b) in enumerate(zip(shape, sizes(shape, block), strict=True)):
+        if b > 1 and per_block.shape[axis] > 1:
+            per_block = jnp.repeat(per_block, b, axis, total_repeat_length=None)
+            if per_block.shape[axis] != n:
+                per_block = jax.lax.slice_in_dim(per_block, 0, n, axis=axis)
+    return per_block
+
+
+def elements(shape: tuple[int, ...]) -> int:
+    """The number of elements of a shape."""
+    return math.prod(shape)

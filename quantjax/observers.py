@@ -1,0 +1,267 @@
+"""Which range of values should the grid cover? Observers of a block: init, update, finalize.
+
+An observer is a frozen value; its state is a pytree. `update` may be called once (a weight) or
+per batch (an activation); `finalize` returns the range (low, high) per block. Sources: Jacob et
+al. 2018, arXiv:1712.05877 (min-max, moving average); Choukroun et al. 2019, arXiv:1902.06822
+(squared error); Frantar et al. 2022 and the llmc toolkit (Lp error with shrinking range)."""
+
+import dataclasses
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float
+
+from quantjax.blocks import Blocked
+from quantjax.formats import Format
+from quantjax.scales import inverse, scale_of_range
+
+Range = tuple[Float[Array, "*b"], Float[Array, "*b"]]
+
+
+class Grid(NamedTuple):
+    """What a search needs to know of the quantizer: its format and how scales are made."""
+
+    format: Format
+    symmetric: bool
+    scale_format: Any = None
+
+
+@runtime_checkable
+class Observer(Protocol):
+    """A frozen, hashable value with these three pure functions."""
+
+    def init(self, grid: Grid) -> Any:
+        """The empty state, before the first update."""
+
+    def update(self, state: Any, x: Blocked, grid: Grid, weights: Any = None) -> Any:
+        """The state after seeing the blocks of x."""
+
+    def finalize(self, state: Any) -> Range:
+        """The range (low, high) of every block."""
+
+
+def _reduce(function, x: Blocked, values: jax.Array, fill: float) -> Float[Array, "*b"]:
+    """Reduces the places of every block; those that are not valid count as `fill`."""
+    if x.valid is not None:
+        values = jnp.where(x.valid, values, np.float32(fill))
+    out = function(values, axis=x.axes) if x.axes else values
+    return out.astype(jnp.float32)
+
+
+def _min_max(x: Blocked) -> Range:
+    return _reduce(jnp.min, x, x.values, np.inf), _reduce(jnp.max, x, x.values, -np.inf)
+
+
+def _grown(state: Range | None, low: jax.Array, high: jax.Array) -> Range:
+    if state is None:
+        return low, high
+    return jnp.minimum(state[0], low), jnp.maximum(state[1], high)
+
+
+@dataclasses.dataclass(frozen=True)
+class _AbsMax:
+    def init(self, grid: Grid) -> None:
+        return None
+
+    def update(self, state: Range | None, x: Blocked, grid: Grid, weights: Any = None) -> Range:
+        largest = _reduce(jnp.max, x, jnp.abs(x.values), 0.0)
+        return _grown(state, -largest, largest)
+
+    def finalize(self, state: Range) -> Range:
+        return state
+
+
+@dataclasses.dataclass(frozen=True)
+class _MinMax:
+    def init(self, grid: Grid) -> None:
+        return None
+
+    def update(self, state: Range | None, x: Blocked, grid: Grid, weights: Any = None) -> Range:
+        return _grown(state, *_min_max(x))
+
+    def finalize(self, state: Range) -> Range:
+        return state
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ema:
+    decay: float
+
+    def init(self, grid: Grid) -> None:
+        return None
+
+    def update(self, state: Any, x: Blocked, grid: Grid, weights: Any = None) -> Any:
+        low, high = _min_max(x)
+        if state is None:
+            return low, high
+        d = np.float32(self.decay)
+        return d * state[0] + (1 - d) * low, d * state[1] + (1 - d) * high
+
+    def finalize(self, state: Any) -> Range:
+        return state
+
+
+@dataclasses.dataclass(frozen=True)
+class _Percentile:
+    q: float
+
+    def init(self, grid: Grid) -> None:
+        return None
+
+    def update(self, state: Any, x: Blocked, grid: Grid, weights: Any = None) -> Any:
+        values = jnp.abs(x.values) if grid.symmetric else x.values
+        # NaN marks the places that are no elements; elements that are not finite must not pass.
+        poison = _reduce(jnp.sum, x, values * np.float32(0), 0.0)
+        if x.valid is not None:
+            values = jnp.where(x.valid, values, np.float32(np.nan))
+        take = jnp.quantile if x.valid is None else jnp.nanquantile
+        axes = x.axes or None
+
+        def at(q: float) -> jax.Array:
+            return (values if axes is None else take(values, q, axis=axes)) + poison
+
+        high = at(self.q / 100)
+        low = -high if grid.symmetric else at(1 - self.q / 100)
+        if state is None:
+            return low, high, jnp.float32(1)
+        n = state[2]
+        return (state[0] * n + low) / (n + 1), (state[1] * n + high) / (n + 1), n + 1
+
+    def finalize(self, state: Any) -> Range:
+        return state[0], state[1]
+
+
+def _error(x: Blocked, low: jax.Array, high: jax.Array, grid: Grid, weights: Any, p: float):
+    """Sum over each block of w |x - D(Q(x))|^p, for the grid that covers [low, high]."""
+    scale, zero_point, codes = _codes(x, low, high, grid)
+    levels = grid.format.decode(codes)
+    levels = levels if zero_point is None else levels - zero_point
+    error = jnp.abs(x.values - levels * scale)
+    error = error * error if p == 2 else error ** np.float32(p)
+    return _reduce(jnp.sum, x, error if weights is None else error * weights, 0.0)
+
+
+def _codes(x: Blocked, low: jax.Array, high: jax.Array, grid: Grid):
+    scale, zero_point = scale_of_range(
+        low, high, grid.format, symmetric=grid.symmetric, scale_format=grid.scale_format
+    )
+    scale = jnp.expand_dims(scale, x.axes)
+    zero_point = None if zero_point is None else jnp.expand_dims(zero_point, x.axes)
+    return scale, zero_point, grid.format.encode(x.values * inverse(scale), None, zero_point)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Mse:
+    p: float
+    steps: int
+    lowest: float
+
+    def init(self, grid: Grid) -> None:
+        return None
+
+    def _fractions(self) -> Float[Array, " steps"]:
+        return jnp.asarray(np.geomspace(1.0, self.lowest, self.steps), jnp.float32)
+
+    def _widest(self, x: Blocked, grid: Grid) -> Range:
+        if not grid.symmetric:
+            return _min_max(x)
+        largest = _reduce(jnp.max, x, jnp.abs(x.values), 0.0)
+        return -largest, largest
+
+    def search(self, x: Blocked, grid: Grid, weights: Any = None) -> Range:
+        """The best range for x alone, in the memory of one error per block."""
+        low, high = self._widest(x, grid)
+        fractions = self._fractions()
+
+        def body(i: jax.Array, best: tuple[jax.Array, jax.Array]):
+            error = _error(x, low * fractions[i], high * fractions[i], grid, weights, self.p)
+            better = error < best[0]
+            return jnp.where(better, error, best[0]), jnp.where(better, fractions[i], best[1])
+
+        start = (jnp.full(low.shape, np.inf, jnp.float32), jnp.ones(low.shape, jnp.float32))
+        best = lax.fori_loop(0, self.steps, body, start)[1]
+        low, high = low * best, high * best
+        if self.p == 2 and grid.symmetric and grid.scale_format is None:
+            for _ in range(2):
+                low, high = self._least_squares(x, low, high, grid, weights)
+        return low, high
+
+    def _least_squares(self, x: Blocked, low: Any, high: Any, grid: Grid, weights: Any) -> Range:
+        """The best scale for the codes as they are: s = sum(w x l) / sum(w l^2). The error falls
+        here and falls again when the codes are rounded anew, so this never hurts."""
+        levels = grid.format.decode(_codes(x, low, high, grid)[2])
+        w = np.float32(1) if weights is None else weights
+        top = _reduce(jnp.sum, x, w * (x.values * levels), 0.0)
+        bottom = _reduce(jnp.sum, x, w * (levels * levels), 0.0)
+        high_new = top / bottom * np.float32(grid.format.max_level)
+        high = jnp.where((bottom > 0) & (high_new > 0), high_new, high)
+        return -high, high
+
+    def update(self, state: Any, x: Blocked, grid: Grid, weights: Any = None) -> Any:
+        low, high = self._widest(x, grid) if state is None else state[:2]
+
+        def body(fraction: jax.Array) -> jax.Array:
+            return _error(x, low * fraction, high * fraction, grid, weights, self.p)
+
+        errors = lax.map(body, self._fractions())
+        return low, high, errors if state is None else state[2] + errors
+
+    def finalize(self, state: Any) -> Range:
+        low, high, errors = state
+        fraction = self._fractions()[jnp.argmin(errors, axis=0)]
+        return low * fraction, high * fraction
+
+
+def absmax() -> Observer:
+    """The largest magnitude: [-max|x|, max|x|]. Nothing is clipped."""
+    return _AbsMax()
+
+
+def minmax() -> Observer:
+    """[min x, max x], for asymmetric grids. Nothing is clipped."""
+    return _MinMax()
+
+
+def ema(decay: float = 0.99) -> Observer:
+    """Moving average of the batches' [min, max]: r <- decay * r + (1 - decay) * r_batch.
+
+    Raises ValueError unless 0 <= decay < 1. Source: Jacob et al. 2018, section 3.1.
+    """
+    if not 0 <= decay < 1:
+        raise ValueError(f"ema: decay must be in [0, 1), got {decay}.")
+    return _Ema(float(decay))
+
+
+def percentile(q: float) -> Observer:
+    """Clips the 100 - q per cent largest magnitudes (each tail, if asymmetric).
+
+    Linear interpolation within a batch; the mean over batches. Raises ValueError unless
+    50 < q <= 100.
+    """
+    if not 50 < q <= 100:
+        raise ValueError(f"percentile: q must be in (50, 100], got {q}.")
+    return _Percentile(float(q))
+
+
+def mse(p: float = 2.0, *, steps: int = 100, lowest: float = 0.02) -> Observer:
+    """The range whose grid loses least: argmin_r sum w |x - D(Q(x; r))|^p.
+
+    Tries `steps` shrunken copies of the widest range, from 1 down to `lowest` of it in equal
+    ratios, so it is never worse than absmax; then, for p = 2 on a symmetric grid, fits the scale
+    to the codes by least squares twice. `weights` of `quantize` weigh the elements. Over
+    batches, the first sets the widest range. Raises ValueError for p <= 0, steps < 2 or lowest
+    outside (0, 1).
+    """
+    if p <= 0 or steps < 2 or not 0 < lowest < 1:
+        raise ValueError(f"mse: p > 0, steps >= 2, 0 < lowest < 1; got {p}, {steps}, {lowest}.")
+    return _Mse(float(p), int(steps), float(lowest))
+
+
+def observe(observer: Observer, x: Blocked, grid: Grid, weights: Any = None) -> Range:
+    """The range of one array: a single update, or the observer's own search."""
+    if isinstance(observer, _Mse):
+        return observer.search(x, grid, weights)
+    return observer.finalize(observer.update(observer.init(grid), x, grid, weights))

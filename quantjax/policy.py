@@ -1,0 +1,246 @@
+"""Which parameters are quantized, and how? Ordered patterns on key paths; presets by name."""
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from quantjax.axes import resolve_block
+from quantjax.formats import ExponentFormat, IntFormat, Levels, binary, e2m1, e4m3, nf4, ternary
+from quantjax.observers import mse
+from quantjax.paths import compile_pattern, named_leaves, nearest, other_collections
+from quantjax.qtensor import QTensor
+from quantjax.spec import Granularity, QuantSpec
+
+# What a preset leaves in float: they are few, and each is added to or multiplies a whole channel.
+KEPT = frozenset({"bias", "b", "offset", "scale", "mean", "var"})
+
+GRAMMAR = (
+    "w{1..8}[g{group}][a{2..8}] (as 'w8', 'w4g64', 'w8a8', 'w4g32a8'), nf4[g{group}], fp8, "
+    "mxfp4, mxfp8, nvfp4, ternary, binary"
+)
+
+
+def preset_spec(name: str) -> QuantSpec:
+    """The QuantSpec behind a preset name; see `preset`."""
+    fixed = {
+        "fp8": QuantSpec(format=e4m3),
+        "mxfp4": QuantSpec(format=e2m1, group=32, scale_format=ExponentFormat()),
+        "mxfp8": QuantSpec(format=e4m3, group=32, scale_format=ExponentFormat()),
+        "nvfp4": QuantSpec(format=e2m1, group=16, scale_format=e4m3),
+        "ternary": QuantSpec(format=ternary, observer=mse()),
+        "binary": QuantSpec(format=binary, observer=mse()),
+    }
+    if name in fixed:
+        return fixed[name]
+    codebook = re.fullmatch(r"nf4(?:g([1-9]\d*))?", name)
+    if codebook:
+        return QuantSpec(format=nf4, group=int(codebook[1] or 64))
+    integer = re.fullmatch(r"w([1-8])(?:g([1-9]\d*))?(?:a([2-8]))?(?:g([1-9]\d*))?", name)
+    if not integer or (integer[2] and integer[4]) or (integer[4] and not integer[3]):
+        raise ValueError(f"unknown preset {name!r}. Presets are {GRAMMAR}.")
+    bits, group = int(integer[1]), integer[2] or integer[4]
+    # Measured in experiments/results: the search pays below 5 bits, half-integer levels below 3.
+    levels = Levels.NARROW if bits > 2 else Levels.HALF
+    act = None
+    if integer[3]:
+        act = QuantSpec(format=IntFormat(int(integer[3])), block=Granularity.ROW)
+    spec = QuantSpec(format=IntFormat(bits, levels=levels), act=act)
+    if group:
+        spec = dataclasses.replace(spec, group=int(group))
+    return dataclasses.replace(spec, observer=mse()) if bits <= 4 else spec
+
+
+@dataclasses.dataclass(frozen=True)
+class Resolution:
+    """What happens to one leaf. spec: with an explicit block, or None to keep it as it is.
+    matched: the pattern or preset that decided. reason: why it is kept, or what was assumed."""
+
+    spec: QuantSpec | None
+    matched: str
+    reason: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Resolved(Mapping):
+    """An explicit decision for every leaf of one tree, in its order; a mapping by path."""
+
+    leaves: tuple[tuple[str, Resolution], ...]
+
+    def __getitem__(self, name: str) -> Resolution:
+        for path, resolution in self.leaves:
+            if path == name:
+                return resolution
+        raise KeyError(f"{name!r}; nearest: {nearest(name, self)}")
+
+    def __iter__(self) -> Iterator[str]:
+        return (path for path, _ in self.leaves)
+
+    def __len__(self) -> int:
+        return len(self.leaves)
+
+    def resolve(self, params: Any) -> "Resolved":
+        """Itself, if `params` has the same paths; ValueError if not."""
+        names = [name for name, _ in named_leaves(params)[0]]
+        if names != list(self):
+            odd = sorted(set(names) ^ set(self)) or names
+            raise ValueError(f"this policy was resolved for another tree; it differs in {odd[:5]}.")
+        return self
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """Ordered (pattern, spec) rules on '/'-joined paths; the first that matches decides.
+
+    Patterns are anchored globs: `*` stays within a part, `**` spans any number of parts. A spec
+    is a `QuantSpec`, a preset name, or None to keep the leaf in float. A rule is taken at its
+    word: a bias that it matches is quantized. Leaves that no rule matches go to `otherwise`, a
+    QuantSpec or preset name that spares what presets spare (see `preset`), or stay in float.
+
+    >>> Policy([("head/kernel", "w8"), ("**/norm/*", None)], otherwise="w4g64").rules[1]
+    ('**/norm/*', None)
+    """
+
+    rules: tuple[tuple[str, QuantSpec | None], ...]
+    otherwise: QuantSpec | None = None
+    otherwise_name: str = ""
+
+    def __init__(
+        self,
+        rules: Sequence[tuple[str, QuantSpec | str | None]] = (),
+        *,
+        otherwise: QuantSpec | str | None = None,
+    ) -> None:
+        compiled = []
+        for rule in rules:
+            if not isinstance(rule, tuple) or len(rule) != 2 or not isinstance(rule[0], str):
+                raise ValueError(f"Policy: a rule is a pair (pattern, spec), got {rule!r}.")
+            compile_pattern(rule[0])
+            compiled.append((rule[0], _as_spec(rule[1], rule[0])))
+        object.__setattr__(self, "rules", tuple(compiled))
+        object.__setattr__(self, "otherwise", _as_spec(otherwise, "otherwise"))
+        name = otherwise if isinstance(otherwise, str) else "otherwise"
+        object.__setattr__(self, "otherwise_name", name if otherwise is not None else "")
+
+    def resolve(self, params: Any, sites: None = None) -> Resolved:
+        """The explicit spec of every leaf of `params` (arrays or ShapeDtypeStructs).
+
+        Raises ValueError for a pattern that no path matches, with the nearest names, for a block
+        that does not fit a leaf, and for a leaf that is a QTensor already.
+        """
+        named, _ = named_leaves(params)
+        for name, leaf in named:
+            if isinstance(leaf, QTensor):
+                raise ValueError(
+                    f"{name}: is quantized already ({leaf.format}). Dequantize it first, or "
+                    f"quantize the float parameters."
+                )
+        return self._decide([(name, _facts(leaf)) for name, leaf in named], params)
+
+    def explain(self, tree: Any) -> Resolved:
+        """As `resolve`, on a tree in which leaves may be quantized already."""
+        return self._decide([(name, _facts(leaf)) for name, leaf in named_leaves(tree)[0]], tree)
+
+    def _decide(self, named: list[tuple[str, Any]], tree: Any) -> Resolved:
+        names = [name for name, _ in named]
+        regexes = [(pattern, compile_pattern(pattern), spec) for pattern, spec in self.rules]
+        for pattern, regex, _ in regexes:
+            if not any(regex.fullmatch(name) for name in names):
+                raise ValueError(
+                    f"pattern {pattern!r} matches no parameter. Nearest: {nearest(pattern, names)}."
+                )
+        spared = other_collections(tree)
+        out = []
+        for name, facts in named:
+            found = next(((p, s) for p, regex, s in regexes if regex.fullmatch(name)), None)
+            if found is not None:
+                out.append((name, _resolution(name, facts, found[1], found[0])))
+                continue
+            why = _spared(name, facts, self.otherwise, spared)
+            spec = None if why else self.otherwise
+            label = self.otherwise_name
+            if self.otherwise is None:
+                why, label = "no pattern matches", ""
+            resolution = _resolution(name, facts, spec, label)
+            if spec is None and not _unfit(facts):
+                resolution = dataclasses.replace(resolution, reason=why)
+            out.append((name, resolution))
+        return Resolved(tuple(out))
+
+
+def _as_spec(spec: QuantSpec | str | None, where: str) -> QuantSpec | None:
+    if isinstance(spec, str):
+        return preset_spec(spec)
+    if spec is not None and not isinstance(spec, QuantSpec):
+        raise ValueError(
+            f"Policy: {where}: expected a QuantSpec, a preset name or None, got {spec!r}."
+        )
+    return spec
+
+
+def _facts(leaf: Any) -> jax.ShapeDtypeStruct | None:
+    """Shape and dtype of an array leaf; None for anything else."""
+    if isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct | QTensor):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+    return None
+
+
+def _unfit(facts: jax.ShapeDtypeStruct | None) -> str:
+    """Why a leaf can not be quantized at all; empty if it can."""
+    if facts is None:
+        return "not an array"
+    if not jnp.issubdtype(facts.dtype, jnp.floating) or jnp.dtype(facts.dtype).itemsize < 2:
+        return f"{facts.dtype}, not a float of 16 bits or more"
+    if len(facts.shape) == 0:
+        return "a scalar"
+    if 0 in facts.shape:
+        return "no elements"
+    return ""
+
+
+def _resolution(name: str, facts: Any, spec: QuantSpec | None, matched: str) -> Resolution:
+    unfit = _unfit(facts)
+    if unfit or spec is None:
+        return Resolution(None, matched, unfit or "kept by the policy")
+    block, remark = resolve_block(name, facts.shape, spec)
+    if facts.dtype == np.float64:
+        remark = "; ".join(r for r in (remark, "float64, computed and returned as float32") if r)
+    return Resolution(dataclasses.replace(spec, block=block, group=None), matched, remark)
+
+
+def _spared(name: str, facts: Any, spec: QuantSpec | None, collections: frozenset[str]) -> str:
+    """Why `otherwise` leaves this leaf in float; empty if it does not."""
+    parts = name.split("/")
+    if facts is None or spec is None:
+        return ""
+    if parts[0] in collections:
+        return f"collection {parts[0]}, not params"
+    if parts[-1] in KEPT:
+        return f"a {parts[-1]}; name it in a rule to quantize it"
+    if len(facts.shape) - spec.stacked <= 1:
+        return "rank 1; name it in a rule to quantize it"
+    return ""
+
+
+def preset(name: str) -> Policy:
+    """A whole policy by name: w{bits}[g{group}][a{bits}], nf4[g{group}], fp8, mxfp4, mxfp8,
+    nvfp4, ternary, binary.
+
+    Symmetric, one scale per output channel, or per group of so many weights of one output.
+    Levels: narrow from 3 to 8 bits, half-integer for 2 and 1. Ranges: absmax from 5 bits up, the
+    MSE search at 4 and below. a{bits}: activations too, one dynamic scale per row. mxfp4 and
+    mxfp8: groups of 32 with E8M0 scales; nvfp4: groups of 16 with e4m3 scales and one float32
+    scale above; nf4: groups of 64 unless said otherwise. Biases, normalization parameters,
+    leaves of rank 1 or less and collections other than `params` stay in float.
+
+    Raises ValueError, with the grammar, for an unknown name.
+
+    >>> preset("w4g64").otherwise
+    QuantSpec(int4, group=64, observer=_Mse(p=2.0, steps=100, lowest=0.02))
+    """
+    preset_spec(name)
+    return Policy((), otherwise=name)

@@ -1,0 +1,104 @@
+"""How is one array quantized? Format, granularity, range, rounding and scale storage."""
+
+import dataclasses
+import enum
+
+from quantjax.blocks import Block
+from quantjax.formats import Codebook, ExponentFormat, Format, IntFormat
+from quantjax.observers import Observer, absmax
+from quantjax.rounding import Rounding
+
+
+class Granularity(enum.Enum):
+    """CHANNEL: one scale per output channel. TENSOR: one per array. ROW: one per row of an
+    activation that enters a dot, one per example of a convolution."""
+
+    CHANNEL = "channel"
+    TENSOR = "tensor"
+    ROW = "row"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuantSpec:
+    """Everything that fixes how an array is quantized; a hashable value.
+
+    format: the grid. block: which elements share a scale, either a `Granularity`, resolved from
+    the parameter's axes, or a block shape counted from the last axis (`quantjax.blocks`).
+    group: so many weights of one output share a scale, instead of all of them. symmetric: no zero
+    point. observer: the range. rounding: nearest, or stochastic, which takes a `key`.
+    scale_format: how scales are stored: None for float32, `ExponentFormat` (MX), a format with
+    one float32 scale per array above it (NVFP4), or a QuantSpec (double quantization).
+    act: the same for the activation that meets this weight, or None to leave it float.
+    stacked: how many leading axes are layers, kept apart.
+
+    Raises ValueError where the parts do not fit together.
+
+    >>> QuantSpec(format=IntFormat(4), group=64)
+    QuantSpec(int4, group=64)
+    """
+
+    format: Format
+    block: Block | Granularity = Granularity.CHANNEL
+    group: int | None = None
+    symmetric: bool = True
+    observer: Observer = absmax()
+    rounding: Rounding = Rounding.NEAREST
+    scale_format: "Format | QuantSpec | None" = None
+    act: "QuantSpec | None" = None
+    stacked: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.format, Format) or isinstance(self.format, ExponentFormat):
+            raise ValueError(
+                f"QuantSpec: format must be an IntFormat, FloatFormat or Codebook, got "
+                f"{self.format!r}."
+            )
+        if not isinstance(self.block, Granularity):
+            sizes = self.block
+            bad = not isinstance(sizes, tuple) or any(
+                b is not None and (not isinstance(b, int) or b < 1) for b in sizes
+            )
+            if bad:
+                raise ValueError(
+                    f"QuantSpec: block must be a Granularity or a tuple of positive sizes and "
+                    f"None (the whole axis), got {sizes!r}."
+                )
+            if self.group is not None:
+                raise ValueError("QuantSpec: give either block or group, not both.")
+        if self.group is not None and (not isinstance(self.group, int) or self.group < 1):
+            raise ValueError(f"QuantSpec: group must be a positive integer, got {self.group!r}.")
+        if not isinstance(self.observer, Observer) or isinstance(self.observer, type):
+            raise ValueError(
+                f"QuantSpec: observer must be a value such as absmax() or percentile(99.9), got "
+                f"{self.observer!r}."
+            )
+        if not self.symmetric:
+            if not isinstance(self.format, IntFormat) or not self.format.has_zero:
+                raise ValueError(
+                    f"QuantSpec: a zero point needs integer levels with zero, not {self.format}."
+                )
+            if self.scale_format is not None:
+                raise ValueError("QuantSpec: a quantized scale needs a symmetric grid.")
+        learned = isinstance(self.format, Codebook) and self.format.learned_bits is not None
+        if learned and (self.scale_format is not None or self.observer != absmax()):
+            raise ValueError("QuantSpec: a learned codebook fits absmax() and float scales.")
+        if self.stacked < 0:
+            raise ValueError(f"QuantSpec: stacked must not be negative, got {self.stacked}.")
+
+    @property
+    def scale_spec(self) -> "QuantSpec | None":
+        """How the scales themselves are quantized, or None where they are not, or are E8M0."""
+        if self.scale_format is None or isinstance(self.scale_format, ExponentFormat):
+            return None
+        if isinstance(self.scale_format, QuantSpec):
+            return self.scale_format
+        return QuantSpec(format=self.scale_format, block=Granularity.TENSOR)
+
+    def __repr__(self) -> str:
+        parts = [str(self.format)]
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name != "format" and value != field.default:
+                shown = value.name if isinstance(value, enum.Enum) else value
+                parts.append(f"{field.name}={shown}")
+        return f"QuantSpec({', '.join(parts)})"

@@ -1,0 +1,164 @@
+"""Quantize, dequantize and fake-quantize whole parameter trees: Q_m and D_m."""
+
+import functools
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from quantjax import affine
+from quantjax.affine import Scales
+from quantjax.paths import named_leaves
+from quantjax.policy import Policy, Resolved, preset
+from quantjax.qtensor import QTensor, is_qtensor
+from quantjax.spec import QuantSpec
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def _find(x: jax.Array, weights: jax.Array | None, spec: QuantSpec) -> tuple[Scales, jax.Array]:
+    scales = affine.find_scales(x, spec, weights)
+    return scales, jnp.isfinite(affine.scale_values(scales.scale)).all()
+
+
+_quantize = jax.jit(affine.quantize_array, static_argnames="spec")
+_fake_quantize = jax.jit(affine.fake_quantize_array, static_argnames="spec")
+_dequantize = jax.jit(affine.dequantize_array)
+
+
+def quantize(
+    params: Any,
+    policy: Policy | Resolved | str | None = None,
+    *,
+    like: Any = None,
+    key: jax.Array | None = None,
+    weights: Any = None,
+) -> Any:
+    """The same tree with a QTensor for every leaf the policy wants: q = clip(round(x / s) + z).
+
+    policy: a `Policy`, a preset name, or a resolved policy. Or, in its place, `like`: a tree
+    quantized before, whose formats and scales are used again, as after fine-tuning through them.
+    key: for stochastic rounding; every leaf folds in its path. weights: a tree like `params`, of
+    arrays that broadcast to its leaves or None, that weigh elements in MSE and k-means scales.
+
+    Leaves that are not floats or that nothing wants pass through; `summary` lists why. Works
+    under jit, vmap and eval_shape. Raises ValueError, naming the leaf, for a pattern that
+    matches nothing, a leaf that is quantized already and, outside jit, NaN or infinite values
+    (under jit their blocks get a NaN scale).
+
+    >>> q = quantize({"kernel": jnp.array([[1.0, -2.0], [0.5, 4.0]])}, "w8")
+    >>> q["kernel"]
+    QTensor(int8, shape=(2, 2), block=allx1, dtype=float32)
+    """
+    return _over_leaves(_quantize, params, policy, like, key, weights)
+
+
+def fake_quantize(
+    params: Any,
+    policy: Policy | Resolved | str | None = None,
+    *,
+    like: Any = None,
+    key: jax.Array | None = None,
+    weights: Any = None,
+) -> Any:
+    """D_m(Q_m(params)) in floats: equal to `dequantize(quantize(params, ...))` bit for bit.
+
+    Arguments as in `quantize`. Gradient (straight-through): 1 where a value lies in a cell of
+    its grid, 0 where it is clipped, none through the scales. Treats weights only: raises
+    ValueError for a policy that also quantizes activations.
+
+    >>> w = {"kernel": jnp.array([[1.0, -2.0], [0.5, 4.0]])}
+    >>> fake_quantize(w, "w8")["kernel"].tolist()
+    [[1.0, -2.015748...], [0.503937..., 4.0]]
+    """
+    return _over_leaves(_fake_quantize, params, policy, like, key, weights, weights_only=True)
+
+
+def dequantize(tree: Any) -> Any:
+    """D_m: every QTensor becomes its float array, x = (level(q) - z) * s; the rest is kept."""
+    return jax.tree.map(lambda x: _dequantize(x) if is_qtensor(x) else x, tree, is_leaf=is_qtensor)
+
+
+def _over_leaves(
+    transform: Callable[..., Any],
+    params: Any,
+    policy: Policy | Resolved | str | None,
+    like: Any,
+    key: jax.Array | None,
+    weights: Any,
+    weights_only: bool = False,
+) -> Any:
+    if (policy is None) == (like is None):
+        raise ValueError("give either a policy or like=, a tree quantized before.")
+    named, structure = named_leaves(params)
+    given = _given_scales(named, like) if policy is None else {}
+    if policy is not None:
+        policy = preset(policy) if isinstance(policy, str) else policy
+        specs = [resolution.spec for _, resolution in policy.resolve(params).leaves]
+    else:
+        specs = [given[i][0] if i in given else None for i in range(len(named))]
+    weight = _matching(named, weights)
+
+    leaves, checks = [], []
+    for i, ((name, leaf), spec) in enumerate(zip(named, specs, strict=True)):
+        if spec is None:
+            leaves.append(leaf)
+            continue
+        if weights_only and spec.act is not None:
+            raise ValueError(
+                f"{name}: the policy also quantizes activations ({spec.act.format}), which a "
+                f"tree alone can not fake. Use a weight-only policy, such as 'w4' for 'w4a8'."
+            )
+        x = _as_float(leaf)
+        if i in given:
+            scales = given[i][1]
+        else:
+            scales, finite = _find(x, weight[i], spec)
+            checks.append((name, finite))
+        leaf_key = None if key is None else jax.random.fold_in(key, zlib.crc32(name.encode()))
+        leaves.append(transform(x, scales, spec, leaf_key))
+    _raise_if_not_finite(checks)
+    return jax.tree.unflatten(structure, leaves)
+
+
+def _as_float(leaf: Any) -> jax.Array:
+    """The leaf as a JAX array of at most 32 bits."""
+    return jnp.asarray(leaf, jnp.float32) if leaf.dtype == np.float64 else jnp.asarray(leaf)
+
+
+def _raise_if_not_finite(checks: list[tuple[str, jax.Array]]) -> None:
+    """One look at all the flags at the end, so that no leaf waits for another's."""
+    concrete = [(name, ok) for name, ok in checks if not isinstance(ok, jax.core.Tracer)]
+    bad = [name for name, ok in concrete if not np.asarray(ok).all()]
+    if bad:
+        raise ValueError(f"{', '.join(bad)}: holds NaN or infinity; no scale covers that.")
+
+
+def _given_scales(named: list[tuple[str, Any]], like: Any) -> dict[int, tuple[QuantSpec, Scales]]:
+    """Spec and scales of every leaf that is quantized in `like`."""
+    others, _ = named_leaves(like)
+    if [name for name, _ in others] != [name for name, _ in named]:
+        odd = sorted({n for n, _ in others} ^ {n for n, _ in named})
+        raise ValueError(f"like= must have the paths of params; they differ in {odd[:5]}.")
+    given = {}
+    for i, ((name, x), (_, q)) in enumerate(zip(named, others, strict=True)):
+        if not isinstance(q, QTensor):
+            continue
+        if isinstance(x, QTensor) or tuple(x.shape) != q.shape:
+            raise ValueError(f"{name}: like= expects a float array of shape {q.shape}, got {x!r}.")
+        spec = QuantSpec(format=q.format, block=q.block, symmetric=q.zero_point is None, act=q.act)
+        given[i] = (spec, affine.scales_of(q))
+    return given
+
+
+def _matching(named: list[tuple[str, Any]], weights: Any) -> list[Any]:
+    """The weight of every leaf, None where there is none."""
+    if weights is None:
+        return [None] * len(named)
+    others = dict(named_leaves(weights)[0])
+    unknown = sorted(set(others) - {name for name, _ in named})
+    if unknown:
+        raise ValueError(f"weights= names parameters that are not there: {unknown[:5]}.")
+    return [others.get(name) for name, _ in named]
