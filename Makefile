@@ -17,8 +17,9 @@ VENV := .venv
 NEWEST_VENV := .venv-newest
 PY := $(VENV)/bin/python
 
-# One process: XLA already compiles on several threads, and two workers measured no faster on
-# two busy cores (38 s each way, 60 compilations). With more cores try PYTEST_ARGS="-n 4".
+# One process: XLA already compiles on several threads. On two busy cores two workers were no
+# faster (60 compilations: 38 s with one and 39 s with two, then 58 and 65 s).
+# With more cores try PYTEST_ARGS="-n 4".
 PYTEST_ARGS ?=
 PYTEST := -m pytest -q $(PYTEST_ARGS)
 
