@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from quantjax.blocks import sizes, split, spread
+from quantjax.blocks import Block, sizes, split, spread
 from quantjax.formats import Codebook, ExponentFormat, Format, IntFormat
 from quantjax.kmeans import fit_levels
 from quantjax.observers import Grid, observe
@@ -25,7 +25,7 @@ from quantjax.spec import Granularity, QuantSpec
 class Scales(NamedTuple):
     """What is found before rounding: step, code of zero, levels of a learned codebook."""
 
-    scale: jax.Array | QTensor
+    scale: jax.Array | QTensor | None
     zero_point: jax.Array | None = None
     codebook: jax.Array | None = None
 
@@ -41,8 +41,6 @@ def scale_values(scale: jax.Array | QTensor | None) -> jax.Array:
 
 def scales_of(q: QTensor) -> Scales:
     """The scales that a quantized array carries, for quantizing another one by them."""
-    if q.scale is None:
-        raise ValueError(f"{q}: has no scale.")
     return Scales(q.scale, q.zero_point, q.codebook)
 
 
@@ -52,36 +50,37 @@ def find_scales(x: Float[Array, "*n"], spec: QuantSpec, weights: Any = None) -> 
     `spec.block` must be a block shape. `weights`, broadcastable to x, weigh the elements in the
     MSE search and in k-means. NaN or infinity in a block makes its scale NaN.
     """
-    x = x.astype(jnp.float32)
+    x, block = x.astype(jnp.float32), spec.block_shape
     if weights is not None:
         weights = jnp.broadcast_to(jnp.asarray(weights, jnp.float32), x.shape)
-    blocked_weights = None if weights is None else split(weights, spec.block).values
+    blocked_weights = None if weights is None else split(weights, block).values
     grid = Grid(spec.format, spec.symmetric, spec.scale_format)
-    low, high = observe(spec.observer, split(x, spec.block), grid, blocked_weights)
+    low, high = observe(spec.observer, split(x, block), grid, blocked_weights)
     # The sizes of `low` are those of the blocks, axes of length one included.
     scale, zero_point = scale_of_range(
         low, high, spec.format, symmetric=spec.symmetric, scale_format=spec.scale_format
     )
-    if isinstance(spec.format, Codebook) and spec.format.learned_bits is not None:
+    format = spec.format
+    if isinstance(format, Codebook) and format.learned_bits is not None:
         weights = jnp.ones(x.shape, jnp.float32) if weights is None else weights
-        step = spread(scale, x.shape, spec.block)
+        step = spread(scale, x.shape, block)
 
         def fit(v: jax.Array, w: jax.Array) -> jax.Array:
-            return fit_levels(v, w, spec.format.bits)
+            return fit_levels(v, w, format.bits)
 
-        for _ in range(x.ndim - len(spec.block)):
+        for _ in range(x.ndim - len(block)):
             fit = jax.vmap(fit)
         return Scales(scale, None, fit(x * inverse(step), weights * (step * step)))
     if isinstance(spec.scale_format, ExponentFormat):
         codes = spec.scale_format.encode(scale).astype(jnp.uint8)
-        block = (1,) * len(spec.block)
-        return Scales(QTensor(codes, None, format=spec.scale_format, block=block))
+        single = (1,) * len(block)
+        return Scales(QTensor(codes, None, format=spec.scale_format, block=single))
     if spec.scale_spec is not None:
         nested = spec.scale_spec
         if isinstance(nested.block, Granularity):
-            nested = _with_block(nested, (None,) * len(spec.block))
+            nested = _with_block(nested, (None,) * len(block))
         return Scales(quantize_array(scale, find_scales(scale, nested), nested))
-    if zero_point is not None:
+    if zero_point is not None and isinstance(spec.format, IntFormat):
         zero_point = zero_point.astype(spec.format.code_dtype)
     return Scales(scale, zero_point)
 
@@ -90,28 +89,41 @@ def _with_block(spec: QuantSpec, block: tuple[int | None, ...]) -> QuantSpec:
     return dataclasses.replace(spec, block=block, group=None)
 
 
-def _codes(x, scales: Scales, format: Format, block, uniform=None) -> Float[Array, "*n"]:
-    factor = spread(inverse(scale_values(scales.scale)), x.shape, block)
-    v = x.astype(jnp.float32) * factor
-    if scales.codebook is not None:
-        return format.encode(v, uniform, values=scales.codebook)
-    if scales.zero_point is not None:
-        zero = spread(scales.zero_point.astype(jnp.float32), x.shape, block)
-        return format.encode(v, uniform, zero)
+def _spread_zero(scales: Scales, shape: tuple[int, ...], block: Block) -> jax.Array | None:
+    if scales.zero_point is None:
+        return None
+    return spread(scales.zero_point.astype(jnp.float32), shape, block)
+
+
+def _scaled(x: jax.Array, scales: Scales, block: Block) -> Float[Array, "*n"]:
+    """v = x * S in float32."""
+    return x.astype(jnp.float32) * spread(inverse(scale_values(scales.scale)), x.shape, block)
+
+
+def _codes(
+    x: jax.Array, scales: Scales, format: Format, block: Block, uniform: jax.Array | None
+) -> Float[Array, "*n"]:
+    v = _scaled(x, scales, block)
+    if isinstance(format, IntFormat):
+        return format.encode(v, uniform, _spread_zero(scales, x.shape, block))
+    if isinstance(format, Codebook):
+        return format.encode(v, uniform, scales.codebook)
     return format.encode(v, uniform)
 
 
-def _values(codes, scales: Scales, format: Format, block, dtype) -> jax.Array:
-    if scales.codebook is not None:
+def _values(
+    codes: jax.Array, scales: Scales, format: Format, block: Block, dtype: np.dtype
+) -> jax.Array:
+    if isinstance(format, Codebook):
         levels = format.decode(codes, scales.codebook)
     else:
         levels = format.decode(codes)
-    if scales.zero_point is not None:
-        levels = levels - spread(scales.zero_point.astype(jnp.float32), codes.shape, block)
+    zero = _spread_zero(scales, codes.shape, block)
+    levels = levels if zero is None else levels - zero
     return (levels * spread(scale_values(scales.scale), codes.shape, block)).astype(dtype)
 
 
-def _code_offset(format: Format) -> int:
+def _code_offset(format: Format | ExponentFormat) -> int:
     """What is added to signed codes below 8 bits, so that they are stored without a sign."""
     return 2 ** (format.bits - 1) if isinstance(format, IntFormat) and format.signed else 0
 
@@ -128,14 +140,15 @@ def quantize_array(
     the spec rounds stochastically and there is no key.
     """
     uniform = noise(spec.rounding, key, x.shape)
-    codes = _codes(x, scales, spec.format, spec.block, uniform)
+    block = spec.block_shape
+    codes = _codes(x, scales, spec.format, block, uniform)
     bits, axis = spec.format.bits, None
     if bits == 8 or codes.size == 0:
         qvalue = codes.astype(jnp.int32).astype(spec.format.code_dtype)
     else:
         qvalue = (codes.astype(jnp.int32) + _code_offset(spec.format)).astype(jnp.uint8)
-        reduced = tuple(b > 1 for b in sizes(x.shape, spec.block))
-        axis = packed_axis(x.shape, x.ndim - len(spec.block), bits, reduced)
+        reduced = tuple(b > 1 for b in sizes(x.shape, block))
+        axis = packed_axis(x.shape, x.ndim - len(block), bits, reduced)
         qvalue = pack(qvalue, bits, axis)
     return QTensor(
         qvalue,
@@ -143,7 +156,7 @@ def quantize_array(
         scales.zero_point,
         scales.codebook,
         format=spec.format,
-        block=spec.block,
+        block=block,
         packed=None if axis is None else (axis, x.shape[axis]),
         dtype=np.dtype(x.dtype),
         act=spec.act,
@@ -164,21 +177,20 @@ def dequantize_array(q: QTensor) -> jax.Array:
     """The values of a quantized array, x = (level(q) - z) * s, computed in float32, cast last."""
     if isinstance(q.format, ExponentFormat):
         return q.format.decode(q.qvalue)
-    scales = Scales(q.scale, q.zero_point, q.codebook)
-    return _values(codes_of(q), scales, q.format, q.block, q.dtype)
+    return _values(codes_of(q), scales_of(q), q.format, q.block, q.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _snap(format: Format, block, x, scales: Scales, uniform) -> jax.Array:
+def _snap(format: Format, block: Block, x, scales: Scales, uniform) -> jax.Array:
     return _values(_codes(x, scales, format, block, uniform), scales, format, block, x.dtype)
 
 
 def _snap_forward(format: Format, block, x, scales: Scales, uniform):
-    factor = spread(inverse(scale_values(scales.scale)), x.shape, block)
-    zero = scales.zero_point
-    if zero is not None:
-        zero = spread(zero.astype(jnp.float32), x.shape, block)
-    clips = format.clips(x.astype(jnp.float32) * factor, zero)
+    v = _scaled(x, scales, block)
+    if isinstance(format, IntFormat):
+        clips = format.clips(v, _spread_zero(scales, x.shape, block))
+    else:
+        clips = format.clips(v)
     return _snap(format, block, x, scales, uniform), (clips, scales, uniform)
 
 
@@ -208,7 +220,7 @@ def fake_quantize_array(
     Gradient (straight-through): dL/dx = dL/dy where x lies in a cell of the grid, 0 where it is
     clipped; none to scales, zero points and codebooks.
     """
-    return _snap(spec.format, spec.block, x, scales, noise(spec.rounding, key, x.shape))
+    return _snap(spec.format, spec.block_shape, x, scales, noise(spec.rounding, key, x.shape))
 
 
 @jax.custom_vjp

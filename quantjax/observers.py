@@ -15,7 +15,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from quantjax.blocks import Blocked
-from quantjax.formats import Format
+from quantjax.formats import Format, IntFormat
 from quantjax.scales import inverse, scale_of_range
 
 Range = tuple[Float[Array, "*b"], Float[Array, "*b"]]
@@ -150,7 +150,10 @@ def _codes(x: Blocked, low: jax.Array, high: jax.Array, grid: Grid):
     )
     scale = jnp.expand_dims(scale, x.axes)
     zero_point = None if zero_point is None else jnp.expand_dims(zero_point, x.axes)
-    return scale, zero_point, grid.format.encode(x.values * inverse(scale), None, zero_point)
+    v = x.values * inverse(scale)
+    if isinstance(grid.format, IntFormat):
+        return scale, zero_point, grid.format.encode(v, None, zero_point)
+    return scale, zero_point, grid.format.encode(v)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,7 @@ Along one axis the codes form a little-endian bit stream: code i takes bits i*b 
 it. n codes take ceil(n*b/8) bytes. The other axes are kept, so the rank is too, and a shard or
 a slice that holds whole bytes is itself a valid packing."""
 
+import functools
 import math
 
 import jax.numpy as jnp
@@ -64,22 +65,20 @@ def pack(codes: UInt8[Array, "*n"], bits: int, axis: int = -1) -> UInt8[Array, "
     # Codes are split into their places first and each byte built by shifts: every operation
     # runs along the axes after `axis`, which stay contiguous.
     units = codes.reshape(codes.shape[:axis] + (-1, per) + codes.shape[axis + 1 :])
-    place = [jnp.take(units, jnp.int32(i), axis + 1) for i in range(per)]
+    place = [lax.index_in_dim(units, i, axis + 1, keepdims=False) for i in range(per)]
     built = []
     for byte in range(bytes_):
-        value = None
-        for i, code in enumerate(place):
-            shift = i * bits - byte * 8
-            if -bits < shift < 8:
-                part = code << np.uint8(shift) if shift >= 0 else code >> np.uint8(-shift)
-                value = part if value is None else value | part
-        built.append(value)
+        shifts = [i * bits - byte * 8 for i in range(per)]
+        parts = [
+            code << np.uint8(shift) if shift >= 0 else code >> np.uint8(-shift)
+            for code, shift in zip(place, shifts, strict=True)
+            if -bits < shift < 8
+        ]
+        built.append(functools.reduce(jnp.bitwise_or, parts))
     packed = jnp.stack(built, axis + 1)
     packed = packed.reshape(codes.shape[:axis] + (-1,) + codes.shape[axis + 1 :])
     length = packed_length(n, bits)
-    return (
-        packed if packed.shape[axis] == length else packed[(slice(None),) * axis + (slice(length),)]
-    )
+    return _first(packed, length, axis)
 
 
 def unpack(packed: UInt8[Array, "*m"], bits: int, n: int, axis: int = -1) -> UInt8[Array, "*n"]:
@@ -103,7 +102,7 @@ def unpack(packed: UInt8[Array, "*m"], bits: int, n: int, axis: int = -1) -> UIn
     pad[axis] = (0, -packed.shape[axis] % bytes_)
     packed = jnp.pad(packed, pad) if packed.shape[axis] % bytes_ else packed
     units = packed.reshape(packed.shape[:axis] + (-1, bytes_) + packed.shape[axis + 1 :])
-    byte = [jnp.take(units, jnp.int32(i), axis + 1) for i in range(bytes_)]
+    byte = [lax.index_in_dim(units, i, axis + 1, keepdims=False) for i in range(bytes_)]
     mask = np.uint8(2**bits - 1)
     codes = []
     for i in range(per):

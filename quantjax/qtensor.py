@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from quantjax.blocks import Block
-from quantjax.formats import Format
+from quantjax.formats import ExponentFormat, Format
 
 if TYPE_CHECKING:
     from quantjax.policy import QuantSpec
@@ -38,7 +38,7 @@ class QTensor:
     scale: Union[jax.Array, "QTensor", None]
     zero_point: jax.Array | None = None
     codebook: jax.Array | None = None
-    format: Format = dataclasses.field(metadata=dict(static=True), kw_only=True)
+    format: Format | ExponentFormat = dataclasses.field(metadata=dict(static=True), kw_only=True)
     block: Block = dataclasses.field(metadata=dict(static=True), kw_only=True)
     packed: tuple[int, int] | None = dataclasses.field(
         default=None, metadata=dict(static=True), kw_only=True

@@ -38,6 +38,7 @@ def scale_of_range(
     (another block's 1 would swamp it); on a grid without zero 2^-126, the nearest to zero there
     is. A block with NaN or infinity gets a NaN scale.
     """
+    zero_point = None
     if symmetric:
         unsigned = isinstance(format, IntFormat) and not format.signed
         amax = jnp.maximum(high, 0) if unsigned else jnp.maximum(jnp.abs(low), jnp.abs(high))
@@ -46,7 +47,6 @@ def scale_of_range(
         else:
             # A product with a constant: XLA would turn the quotient into one only under jit.
             scale = amax * np.float32(1.0 / format.max_level)
-        zero_point = None
     else:
         if not isinstance(format, IntFormat) or not format.has_zero:
             raise ValueError(
@@ -60,7 +60,7 @@ def scale_of_range(
     scale = jnp.clip(scale, TINY, HUGE)
     scale = jnp.where(amax < TINY, np.float32(empty), scale)
     scale = jnp.where(jnp.isfinite(amax), scale, np.float32(np.nan))
-    if not symmetric:
+    if not symmetric and isinstance(format, IntFormat):
         shift = jnp.round(low * inverse(scale))
         shift = jnp.clip(shift, np.float32(format.qmin - format.qmax), 0)
         zero_point = np.float32(format.qmin) - shift

@@ -43,7 +43,7 @@ class QuantSpec:
     symmetric: bool = True
     observer: Observer = absmax()
     rounding: Rounding = Rounding.NEAREST
-    scale_format: "Format | QuantSpec | None" = None
+    scale_format: "Format | ExponentFormat | QuantSpec | None" = None
     act: "QuantSpec | None" = None
     stacked: int = 0
 
@@ -84,6 +84,13 @@ class QuantSpec:
             raise ValueError("QuantSpec: a learned codebook fits absmax() and float scales.")
         if self.stacked < 0:
             raise ValueError(f"QuantSpec: stacked must not be negative, got {self.stacked}.")
+
+    @property
+    def block_shape(self) -> Block:
+        """The block as a shape. Raises ValueError where it still depends on the parameter."""
+        if isinstance(self.block, Granularity) or self.group is not None:
+            raise ValueError(f"{self!r}: not resolved for a parameter; see Policy.resolve.")
+        return self.block
 
     @property
     def scale_spec(self) -> "QuantSpec | None":

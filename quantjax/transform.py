@@ -11,6 +11,7 @@ import numpy as np
 
 from quantjax import affine
 from quantjax.affine import Scales
+from quantjax.formats import ExponentFormat
 from quantjax.paths import named_leaves
 from quantjax.policy import Policy, Resolved, preset
 from quantjax.qtensor import QTensor, is_qtensor
@@ -146,6 +147,8 @@ def _given_scales(named: list[tuple[str, Any]], like: Any) -> dict[int, tuple[Qu
     for i, ((name, x), (_, q)) in enumerate(zip(named, others, strict=True)):
         if not isinstance(q, QTensor):
             continue
+        if isinstance(q.format, ExponentFormat):
+            raise ValueError(f"{name}: like= holds bare {q.format} scales, not a parameter.")
         if isinstance(x, QTensor) or tuple(x.shape) != q.shape:
             raise ValueError(f"{name}: like= expects a float array of shape {q.shape}, got {x!r}.")
         spec = QuantSpec(format=q.format, block=q.block, symmetric=q.zero_point is None, act=q.act)

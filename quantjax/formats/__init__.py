@@ -7,7 +7,7 @@ from quantjax.formats.codebook import Codebook, apot, make_nf4
 from quantjax.formats.floating import ExponentFormat, FloatFormat, ScaleRule, Specials
 from quantjax.formats.integer import IntFormat, Levels
 
-Format = IntFormat | FloatFormat | Codebook | ExponentFormat
+Format = IntFormat | FloatFormat | Codebook
 
 int8 = IntFormat(8)
 int4 = IntFormat(4)

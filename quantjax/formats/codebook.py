@@ -82,7 +82,6 @@ class Codebook:
         self,
         v: Float[Array, "*n"],
         noise: Float[Array, "*n"] | None = None,
-        zero_point: None = None,
         values: Float[Array, "*lead k"] | None = None,
     ) -> Float[Array, "*n"]:
         """Index of the level nearest to `v = x / scale`, as float32."""
@@ -105,7 +104,7 @@ class Codebook:
         """The level of each index, float32."""
         return _lookup(jnp.asarray(self.grid) if values is None else values, codes)
 
-    def clips(self, v: Float[Array, "*n"], zero_point: None = None) -> jax.Array:
+    def clips(self, v: Float[Array, "*n"]) -> jax.Array:
         """Where v is below or above the outermost cells; never for a learned codebook."""
         if self.learned_bits is not None:
             return jnp.zeros(v.shape, bool)

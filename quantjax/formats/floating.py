@@ -5,6 +5,7 @@ import dataclasses
 import enum
 import math
 from functools import cached_property
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -106,7 +107,6 @@ class FloatFormat:
         self,
         v: Float[Array, "*n"],
         noise: Float[Array, "*n"] | None = None,
-        zero_point: None = None,
     ) -> Float[Array, "*n"]:
         """Codes of `v = x / scale`, as float32; `noise` in [0, 1) rounds stochastically."""
         magnitude = jnp.minimum(jnp.abs(v), np.float32(self.max_level))
@@ -131,11 +131,18 @@ class FloatFormat:
         level = significand.astype(jnp.float32) * _power_of_two(exponent)
         return jnp.where(codes >= 2 ** (self.bits - 1), -level, level)
 
-    def clips(self, v: Float[Array, "*n"], zero_point: None = None) -> jax.Array:
+    def clips(self, v: Float[Array, "*n"]) -> jax.Array:
         """Where |v| is above the last cell: the largest number plus half its step."""
         # The step at the top is half the gap's power of two below; both ends are exact.
         top = self.max_level + (self.max_level - self._level(self._max_code - 1)) / 2
         return jnp.abs(v) > np.float32(top)
+
+
+class HasMaxLevel(Protocol):
+    """What a scale rule asks of an element format."""
+
+    @property
+    def max_level(self) -> float: ...  # noqa: D102
 
 
 class ScaleRule(enum.Enum):
@@ -170,7 +177,7 @@ class ExponentFormat:
     def __str__(self) -> str:
         return "e8m0"
 
-    def scale(self, amax: Float[Array, "*b"], element: "IntFormat | FloatFormat"):
+    def scale(self, amax: Float[Array, "*b"], element: "HasMaxLevel"):
         """The power-of-two scale of blocks of magnitude `amax`, under the rule."""
         exponent_max = math.floor(math.log2(element.max_level))
         if self.rule is ScaleRule.CEIL:

@@ -3,7 +3,6 @@ Jacob et al. 2018, "Quantization and Training of Neural Networks", arXiv:1712.05
 
 import dataclasses
 import enum
-import numbers
 from functools import cached_property
 
 import jax
@@ -27,7 +26,8 @@ class Levels(enum.Enum):
 
 
 def check_bits(name: str, bits: object, low: int, high: int) -> None:
-    if not isinstance(bits, numbers.Integral) or isinstance(bits, bool) or not low <= bits <= high:
+    """Raises ValueError unless `bits` is an integer from low to high."""
+    if not isinstance(bits, int) or isinstance(bits, bool) or not low <= bits <= high:
         raise ValueError(f"{name}: bits must be an integer from {low} to {high}, got {bits!r}.")
 
 
