@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Integer
 
 from quantjax.blocks import Block, sizes, split, spread
 from quantjax.formats import Codebook, ExponentFormat, Format, IntFormat
@@ -163,7 +163,7 @@ def quantize_array(
     )
 
 
-def codes_of(q: QTensor) -> Int[Array, "*n"]:
+def codes_of(q: QTensor) -> Integer[Array, "*n"]:
     """The codes of a quantized array, unpacked: int8 or uint8, in the logical shape."""
     if q.packed is None:
         return q.qvalue

@@ -30,7 +30,7 @@ def fit_levels(v: Float[Array, "*n"], weights: Float[Array, "*n"], bits: int) ->
     curve = jnp.cumsum(jnp.cbrt(coarse) + np.float32(1e-6) * jnp.cbrt(coarse.max()))
     start = centres[jnp.searchsorted(curve, (jnp.arange(k) + 0.5) / k * curve[-1])]
 
-    def step(_: int, levels: Float[Array, " k"]) -> Float[Array, " k"]:
+    def step(_: Array, levels: Float[Array, " k"]) -> Float[Array, " k"]:
         nearest = jnp.searchsorted((levels[1:] + levels[:-1]) / 2, mean)
         total = jnp.zeros(k, jnp.float32).at[nearest].add(mass)
         sums = jnp.zeros(k, jnp.float32).at[nearest].add(moment)

@@ -10,7 +10,7 @@ from statistics import NormalDist
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Integer
 
 from quantjax.formats.integer import check_bits
 
@@ -98,7 +98,7 @@ class Codebook:
 
     def decode(
         self,
-        codes: Int[Array, "*n"] | Float[Array, "*n"],
+        codes: Integer[Array, "*n"] | Float[Array, "*n"],
         values: Float[Array, "*lead k"] | None = None,
     ) -> Float[Array, "*n"]:
         """The level of each index, float32."""

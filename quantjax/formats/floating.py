@@ -5,13 +5,13 @@ import dataclasses
 import enum
 import math
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Integer
 
 from quantjax.formats.integer import check_bits
 
@@ -28,12 +28,12 @@ class Specials(enum.Enum):
     IEEE = "ieee"
 
 
-def _power_of_two(exponent: Int[Array, "*n"]) -> Float[Array, "*n"]:
+def _power_of_two(exponent: Integer[Array, "*n"]) -> Float[Array, "*n"]:
     """2^e by exponent bits, for -126 <= e <= 127; exp2 is not exact on every backend."""
     return lax.bitcast_convert_type((exponent.astype(jnp.int32) + 127) << 23, jnp.float32)
 
 
-def _exponent(x: Float[Array, "*n"]) -> Int[Array, "*n"]:
+def _exponent(x: Float[Array, "*n"]) -> Integer[Array, "*n"]:
     """floor(log2 |x|) by exponent bits; -127 for zero and subnormal numbers."""
     bits = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
     return ((bits >> 23) & 0xFF) - 127
@@ -121,7 +121,7 @@ class FloatFormat:
         sign = lax.bitcast_convert_type(v, jnp.int32) < 0
         return jnp.where(sign, code + np.float32(2 ** (self.bits - 1)), code)
 
-    def decode(self, codes: Int[Array, "*n"] | Float[Array, "*n"]) -> Float[Array, "*n"]:
+    def decode(self, codes: Integer[Array, "*n"] | Float[Array, "*n"]) -> Float[Array, "*n"]:
         """The number of each code, float32."""
         codes = codes.astype(jnp.int32)
         magnitude = codes & (2 ** (self.bits - 1) - 1)
@@ -138,6 +138,7 @@ class FloatFormat:
         return jnp.abs(v) > np.float32(top)
 
 
+@runtime_checkable
 class HasMaxLevel(Protocol):
     """What a scale rule asks of an element format."""
 
@@ -199,7 +200,7 @@ class ExponentFormat:
         code = (_exponent(scale) + 127).astype(jnp.float32)
         return jnp.where(jnp.isnan(scale), np.float32(255), code)
 
-    def decode(self, codes: Int[Array, "*b"]) -> Float[Array, "*b"]:
+    def decode(self, codes: Integer[Array, "*b"]) -> Float[Array, "*b"]:
         """2^(code - 127), NaN for 255."""
         codes = codes.astype(jnp.int32)
         scale = _power_of_two(jnp.clip(codes, 1, 254) - 127)

@@ -8,7 +8,7 @@ from functools import cached_property
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Integer
 
 
 class Levels(enum.Enum):
@@ -131,7 +131,7 @@ class IntFormat:
             codes = codes + zero_point
         return jnp.clip(codes, np.float32(self.qmin), np.float32(self.qmax))
 
-    def decode(self, codes: Int[Array, "*n"] | Float[Array, "*n"]) -> Float[Array, "*n"]:
+    def decode(self, codes: Integer[Array, "*n"] | Float[Array, "*n"]) -> Float[Array, "*n"]:
         """The level of each code, float32."""
         codes = codes.astype(jnp.float32)
         return codes + np.float32(0.5) if self.levels is Levels.HALF else codes
