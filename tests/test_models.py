@@ -1,0 +1,82 @@
+"""The network has the article's layers, for each image size, and its pool is PyTorch's."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.models import ArticleCNN, average_pool, initialize, training_apply
+
+
+@pytest.mark.parametrize("side, channels, features", [(28, 1, 2304), (32, 3, 3136), (8, 1, 64)])
+def test_layers_and_shapes(side, channels, features):
+    params = initialize(ArticleCNN(), (side, side, channels), seed=0)["params"]
+    assert jax.tree.map(jnp.shape, params) == {
+        "conv1": {"kernel": (3, 3, channels, 32), "bias": (32,)},
+        "conv2": {"kernel": (3, 3, 32, 64), "bias": (64,)},
+        "fc1": {"kernel": (features, 100), "bias": (100,)},
+        "fc2": {"kernel": (100, 10), "bias": (10,)},
+    }
+    x = jnp.ones((3, side, side, channels))
+    assert ArticleCNN().apply({"params": params}, x).shape == (3, 10)
+
+
+def test_the_seed_draws_the_parameters():
+    a, b, c = (initialize(ArticleCNN(), (8, 8, 1), seed=s)["params"] for s in (0, 0, 1))
+    np.testing.assert_array_equal(a["fc1"]["kernel"], b["fc1"]["kernel"])
+    assert np.any(a["fc1"]["kernel"] != c["fc1"]["kernel"])
+
+
+@pytest.mark.parametrize("h, w", [(4, 4), (8, 12), (7, 9), (5, 11)])
+def test_average_pool_drops_what_does_not_fill_a_window(h, w):
+    x = np.random.default_rng(0).normal(size=(2, h, w, 3)).astype(np.float32)
+    expected = np.zeros((2, h // 4, w // 4, 3))
+    for i in range(h // 4):
+        for j in range(w // 4):
+            expected[:, i, j] = x[:, 4 * i : 4 * i + 4, 4 * j : 4 * j + 4].mean((1, 2))
+    # 16 terms of size at most 4, in float32
+    np.testing.assert_allclose(average_pool(jnp.asarray(x), 4), expected, atol=16 * 4 * 6e-8)
+
+
+def test_average_pool_refuses_images_below_the_window():
+    with pytest.raises(ValueError, match="4x4 pool does not fit 3x9"):
+        average_pool(jnp.zeros((1, 3, 9, 1)), 4)
+
+
+def test_training_moves_the_running_statistics_towards_the_batch():
+    model = ArticleCNN(batch_norm=True)
+    variables = initialize(model, (8, 8, 1), seed=0)
+    x = jax.random.normal(jax.random.key(1), (16, 8, 8, 1))
+    _, updates = training_apply(model)(variables, x)
+    convolved = jax.lax.conv_general_dilated(
+        x,
+        variables["params"]["conv1"]["kernel"],
+        (1, 1),
+        "VALID",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    # running = 0.9 * 0 + 0.1 * batch mean; the bias starts at 0
+    expected = 0.1 * np.asarray(convolved).mean((0, 1, 2))
+    np.testing.assert_allclose(updates["batch_stats"]["bn1"]["mean"], expected, atol=1e-6)
+    assert set(updates) == {"batch_stats"} and set(updates["batch_stats"]) == {"bn1", "bn2"}
+
+
+def test_evaluation_of_one_image_does_not_depend_on_the_others():
+    model = ArticleCNN(batch_norm=True)
+    variables = initialize(model, (8, 8, 1), seed=0)
+    x = jax.random.normal(jax.random.key(1), (4, 8, 8, 1))
+    other = x.at[1:].multiply(3.0)
+    a, b = model.apply(variables, x), model.apply(variables, other)
+    np.testing.assert_array_equal(a[0], b[0])
+    assert np.any(
+        training_apply(model)(variables, x)[0][0] != training_apply(model)(variables, other)[0][0]
+    )
+
+
+def test_without_batch_normalization_training_updates_nothing():
+    model = ArticleCNN()
+    variables = initialize(model, (8, 8, 1), seed=0)
+    x = jnp.ones((2, 8, 8, 1))
+    logits, updates = training_apply(model)(variables, x)
+    assert updates == {}
+    np.testing.assert_array_equal(logits, model.apply(variables, x))
