@@ -112,7 +112,7 @@ class IntFormat:
         self,
         v: Float[Array, "*n"],
         noise: Float[Array, "*n"] | None = None,
-        zero_point: Float[Array, "*n"] | None = None,
+        zero_point: Float[Array, "*z"] | None = None,
     ) -> Float[Array, "*n"]:
         """Codes of `v = x / scale`, as float32: clip(round(v) + z, qmin, qmax).
 
@@ -137,7 +137,7 @@ class IntFormat:
         return codes + np.float32(0.5) if self.levels is Levels.HALF else codes
 
     def clips(
-        self, v: Float[Array, "*n"], zero_point: Float[Array, "*n"] | None = None
+        self, v: Float[Array, "*n"], zero_point: Float[Array, "*z"] | None = None
     ) -> jax.Array:
         """Where `v = x / scale` is outside every cell of the grid, so rounding alone won't do."""
         codes = jnp.floor(v) if self.levels is Levels.HALF else jnp.round(v)
