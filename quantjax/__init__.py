@@ -6,6 +6,7 @@ from quantjax.policy import Policy, preset
 from quantjax.qtensor import QTensor
 from quantjax.rounding import Rounding
 from quantjax.spec import QuantSpec
+from quantjax.summary import summary
 from quantjax.transform import dequantize, fake_quantize, quantize
 
 __all__ = [
@@ -26,4 +27,5 @@ __all__ = [
     "percentile",
     "preset",
     "quantize",
+    "summary",
 ]
