@@ -419,7 +419,8 @@ def golden_tree() -> Any:
         act=act,
     )
     mx = QTensor(jnp.asarray(codes), exponents, format=e2m1, block=(2, 1), packed=(-2, 4))
-    return {"w": int3, "mx": [mx], "plain": (jnp.arange(3), ones, None, 0.1, "text")}
+    table = QTensor(jnp.asarray(codes), jnp.asarray(ones), format=apot(3), block=(None, 1))
+    return {"w": int3, "mx": [mx, table], "plain": (jnp.arange(3), ones, None, 0.1, "text")}
 
 
 def test_files_of_version_1_stay_readable(tmp_path):
@@ -447,11 +448,12 @@ def test_other_tools_read_the_file(tmp_path):
         (IntFormat(8), {}),
         (IntFormat(4), dict(block=(64, 1))),
         (e2m1, dict(block=(16, 1), scale_format=e4m3)),
-        (apot(8), dict(act=QuantSpec(format=IntFormat(8)))),  # the longest table
+        (apot(8), dict(act=QuantSpec(format=apot(8)))),  # the longest tables
     ],
 )
 def test_file_is_at_most_one_percent_over_codes_and_scales(tmp_path, format, options):
-    q = quantized(normal(2200, 1024), format, **options)
+    # Barely above 1 MiB, where the header weighs most.
+    q = quantized(normal(2**20 * 8 // format.bits // 1024 + 16, 1024), format, **options)
     assert q.nbytes > 2**20
     save(tmp_path / "q", {"kernel": q})
     size = os.path.getsize(tmp_path / "q")

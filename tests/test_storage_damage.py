@@ -211,6 +211,9 @@ FORGED = {
         "scale: expected an array",
     ),
     "codebook": (lambda h: leaf(h, "c")["format"].update(learned_bits=3), "codebook|take"),
+    "levels": (lambda h: leaf(h, "c")["format"].update(values="AAA"), "values: expected doubles"),
+    "odd levels": (lambda h: leaf(h, "c")["format"].update(values="AAAA"), "values: expected doub"),
+    "list of levels": (lambda h: leaf(h, "c")["format"].update(values=[0.0]), "expected Values"),
     "no codebook": (lambda h: leaf(h, "c").update(codebook=None), "codebook: .* needs one"),
     "deep": (setter("scale", value=json.loads('{"scale":' * 400 + "1" + "}" * 400)), "a: "),
 }  # fmt: skip
