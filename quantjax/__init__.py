@@ -6,6 +6,7 @@ from quantjax.policy import Policy, preset
 from quantjax.qtensor import QTensor
 from quantjax.rounding import Rounding
 from quantjax.spec import QuantSpec
+from quantjax.storage import load, save
 from quantjax.summary import summary
 from quantjax.transform import dequantize, fake_quantize, quantize
 
@@ -22,10 +23,12 @@ __all__ = [
     "dequantize",
     "ema",
     "fake_quantize",
+    "load",
     "minmax",
     "mse",
     "percentile",
     "preset",
     "quantize",
+    "save",
     "summary",
 ]

@@ -17,7 +17,6 @@ from quantjax.kmeans import fit_levels
 from quantjax.observers import Grid, observe
 from quantjax.packing import pack, packed_axis, unpack
 from quantjax.qtensor import QTensor
-from quantjax.rounding import noise
 from quantjax.scales import inverse, scale_of_range
 from quantjax.spec import Granularity, QuantSpec
 
@@ -48,9 +47,10 @@ def find_scales(x: Float[Array, "*n"], spec: QuantSpec, weights: Any = None) -> 
     """Observes the range of every block of x and turns it into scales.
 
     `spec.block` must be a block shape. `weights`, broadcastable to x, weigh the elements in the
-    MSE search and in k-means. NaN or infinity in a block makes its scale NaN.
+    MSE search and in k-means. NaN or infinity in a block makes its scale NaN. No gradient flows.
     """
-    x, block = x.astype(jnp.float32), spec.block_shape
+    # Cut here, as the derivative of a search costs its loop again and is 0 / 0 in zero blocks.
+    x, block = jax.lax.stop_gradient(x.astype(jnp.float32)), spec.block_shape
     if weights is not None:
         weights = jnp.broadcast_to(jnp.asarray(weights, jnp.float32), x.shape)
     blocked_weights = None if weights is None else split(weights, block).values
@@ -79,7 +79,7 @@ def find_scales(x: Float[Array, "*n"], spec: QuantSpec, weights: Any = None) -> 
         nested = spec.scale_spec
         if isinstance(nested.block, Granularity):
             nested = _with_block(nested, (None,) * len(block))
-        return Scales(quantize_array(scale, find_scales(scale, nested), nested))
+        return Scales(quantize_array(scale, find_scales(scale, nested), spec=nested))
     if zero_point is not None and isinstance(spec.format, IntFormat):
         zero_point = zero_point.astype(spec.format.code_dtype)
     return Scales(scale, zero_point)
@@ -131,15 +131,15 @@ def _code_offset(format: Format | ExponentFormat) -> int:
 def quantize_array(
     x: Float[Array, "*n"],
     scales: Scales,
+    uniform: Float[Array, "*n"] | None = None,
+    *,
     spec: QuantSpec,
-    key: jax.Array | None = None,
 ) -> QTensor:
     """Codes of x under given scales: q = clip(round(x / s) + z, qmin, qmax), packed.
 
-    `spec.block` must be a block shape; the scales have one entry per block. Raises ValueError if
-    the spec rounds stochastically and there is no key.
+    `spec.block` must be a block shape; the scales have one entry per block. `uniform`, in
+    [0, 1), makes the rounding stochastic (see `quantjax.rounding.noise`).
     """
-    uniform = noise(spec.rounding, key, x.shape)
     block = spec.block_shape
     codes = _codes(x, scales, spec.format, block, uniform)
     bits, axis = spec.format.bits, None
@@ -182,7 +182,9 @@ def dequantize_array(q: QTensor) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _snap(format: Format, block: Block, x, scales: Scales, uniform) -> jax.Array:
-    return _values(_codes(x, scales, format, block, uniform), scales, format, block, x.dtype)
+    # Integers, as they would be stored: a float code may be -0, and its value then -0 * s.
+    codes = _codes(x, scales, format, block, uniform).astype(jnp.int32)
+    return _values(codes, scales, format, block, x.dtype)
 
 
 def _snap_forward(format: Format, block, x, scales: Scales, uniform):
@@ -212,15 +214,16 @@ _snap.defvjp(_snap_forward, _snap_backward)
 def fake_quantize_array(
     x: Float[Array, "*n"],
     scales: Scales,
+    uniform: Float[Array, "*n"] | None = None,
+    *,
     spec: QuantSpec,
-    key: jax.Array | None = None,
 ) -> Float[Array, "*n"]:
     """D(Q(x)) in floats: the values that `quantize_array` would store, bit for bit.
 
     Gradient (straight-through): dL/dx = dL/dy where x lies in a cell of the grid, 0 where it is
     clipped; none to scales, zero points and codebooks.
     """
-    return _snap(spec.format, spec.block_shape, x, scales, noise(spec.rounding, key, x.shape))
+    return _snap(spec.format, spec.block_shape, x, scales, uniform)
 
 
 @jax.custom_vjp
@@ -247,6 +250,7 @@ def _levels(x, scale, qmin, qmax):
     v = jnp.clip(x.astype(jnp.float32) * inverse(scale), -np.float32(512), np.float32(512))
     level = jnp.where(half, jnp.floor(v) + np.float32(0.5), jnp.round(v))
     clipped = jnp.clip(level, qmin, qmax)
+    clipped = jnp.where(clipped == 0, np.float32(0), clipped)  # no -0: codes are integers
     return (clipped * scale).astype(x.dtype), level != clipped
 
 

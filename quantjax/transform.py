@@ -15,13 +15,16 @@ from quantjax.formats import ExponentFormat
 from quantjax.paths import named_leaves
 from quantjax.policy import Policy, Resolved, preset
 from quantjax.qtensor import QTensor, is_qtensor
+from quantjax.rounding import noise
+from quantjax.sharding import Placement, check_whole, over_shards, placement
 from quantjax.spec import QuantSpec
 
 
 @functools.partial(jax.jit, static_argnames="spec")
 def _find(x: jax.Array, weights: jax.Array | None, spec: QuantSpec) -> tuple[Scales, jax.Array]:
+    """The scales, and per block whether they are finite."""
     scales = affine.find_scales(x, spec, weights)
-    return scales, jnp.isfinite(affine.scale_values(scales.scale)).all()
+    return scales, jnp.isfinite(affine.scale_values(scales.scale))
 
 
 _quantize = jax.jit(affine.quantize_array, static_argnames="spec")
@@ -79,7 +82,14 @@ def fake_quantize(
 
 def dequantize(tree: Any) -> Any:
     """D_m: every QTensor becomes its float array, x = (level(q) - z) * s; the rest is kept."""
-    return jax.tree.map(lambda x: _dequantize(x) if is_qtensor(x) else x, tree, is_leaf=is_qtensor)
+
+    def one(x: Any) -> Any:
+        if not is_qtensor(x):
+            return x
+        placed = None if isinstance(x.qvalue, jax.ShapeDtypeStruct) else placement(x.qvalue)
+        return _dequantize(x) if placed is None else over_shards(_dequantize, placed, x)
+
+    return jax.tree.map(one, tree, is_leaf=is_qtensor)
 
 
 def _over_leaves(
@@ -113,15 +123,24 @@ def _over_leaves(
                 f"tree alone can not fake. Use a weight-only policy, such as 'w4' for 'w4a8'."
             )
         x = _as_float(leaf)
+        placed = placement(x)
+        if placed is not None:
+            check_whole(name, x, placed, spec)
         if i in given:
             scales = given[i][1]
         else:
-            scales, finite = _find(x, weight[i], spec)
+            scales, finite = _on(placed, functools.partial(_find, spec=spec), x, weight[i])
             checks.append((name, finite))
         leaf_key = None if key is None else jax.random.fold_in(key, zlib.crc32(name.encode()))
-        leaves.append(transform(x, scales, spec, leaf_key))
+        uniform = noise(spec.rounding, leaf_key, x.shape)
+        leaves.append(_on(placed, functools.partial(transform, spec=spec), x, scales, uniform))
     _raise_if_not_finite(checks)
     return jax.tree.unflatten(structure, leaves)
+
+
+def _on(placed: Placement | None, function: Callable[..., Any], *args: Any) -> Any:
+    """function(*args), shard by shard where the array is sharded."""
+    return function(*args) if placed is None else over_shards(function, placed, *args)
 
 
 def _as_float(leaf: Any) -> jax.Array:

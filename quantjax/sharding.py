@@ -1,0 +1,127 @@
+"""How is an array quantized that is spread over a mesh? Shard by shard, where it lies.
+
+A shard can be quantized alone if it holds whole blocks and its codes fill whole bytes. Then every
+shard does its own work, nothing moves, and codes and scales lie where the array lay. Anything
+else raises, rather than gather an array that may not fit one device."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from quantjax.blocks import sizes
+from quantjax.formats import Codebook
+from quantjax.packing import packed_axis
+from quantjax.qtensor import QTensor
+from quantjax.spec import Granularity, QuantSpec
+
+
+class Placement(NamedTuple):
+    """Where an array lies: the mesh, and per axis the mesh axes that cut it and in how many."""
+
+    mesh: Any
+    entries: tuple[Any, ...]
+    shards: tuple[int, ...]
+
+
+def placement(x: jax.Array) -> Placement | None:
+    """How x is sharded by name over a mesh; None if it is whole, or if that is not known here.
+
+    Inside jit it is known on an Explicit mesh alone; on an Auto mesh the compiler decides.
+    """
+    sharding = jax.typeof(x).sharding if isinstance(x, jax.core.Tracer) else x.sharding
+    if not isinstance(sharding, NamedSharding):
+        return None
+    entries = tuple(sharding.spec) + (None,) * (x.ndim - len(sharding.spec))
+    shards = tuple(_count(sharding.mesh, entry) for entry in entries)
+    return Placement(sharding.mesh, entries, shards) if max(shards, default=1) > 1 else None
+
+
+def _count(mesh: Any, entry: Any) -> int:
+    names = entry if isinstance(entry, tuple) else () if entry is None else (entry,)
+    return math.prod(mesh.shape[name] for name in names if isinstance(name, str))
+
+
+def check_whole(name: str, x: jax.Array, placed: Placement, spec: QuantSpec) -> None:
+    """Raises ValueError, naming the leaf, unless each shard holds whole blocks and bytes."""
+    block, bits = spec.block_shape, spec.format.bits
+    lead = x.ndim - len(block)
+    local = _local(x.shape, placed)
+    size = sizes(x.shape, block)
+    for axis, (n, b, shards) in enumerate(zip(local, size, placed.shards, strict=True)):
+        if shards > 1 and n % b:
+            raise ValueError(
+                f"{name}: a block of {b} on axis {axis} does not fit in shards of {n} "
+                f"({x.shape[axis]} over {shards} devices). Use a group that divides {n}, or "
+                f"reshard the array so that this axis is whole."
+            )
+    above = spec.scale_spec
+    spans = isinstance(spec.format, Codebook) and spec.format.learned_bits is not None
+    if above is not None:
+        spans = isinstance(above.block, Granularity) or above.format.bits < 8
+    if spans and max(placed.shards[lead:]) > 1:
+        what = "a learned codebook" if above is None else f"a scale in {above.format}"
+        raise ValueError(
+            f"{name}: {what} is shared by the whole array, which is cut in {placed.shards} "
+            f"shards. Reshard the array, or use a format whose blocks stand alone."
+        )
+    if bits < 8:
+        axis = packed_axis(local, lead, bits, tuple(b > 1 for b in size))
+        if placed.shards[axis] > 1 and local[axis] * bits % 8:
+            raise ValueError(
+                f"{name}: {local[axis]} codes of {bits} bits on axis {axis % x.ndim} of a shard "
+                f"do not fill whole bytes. Reshard the array so that an axis is whole."
+            )
+
+
+def _local(shape: tuple[int, ...], placed: Placement) -> tuple[int, ...]:
+    return tuple(n // s for n, s in zip(shape, placed.shards, strict=True))
+
+
+def over_shards(function: Callable[..., Any], placed: Placement, *args: Any) -> Any:
+    """function(*args), run on every shard by itself; the results lie as the arrays do.
+
+    Arrays of the rank of the placed one are cut alike, arguments of length one along an axis
+    excepted; a learned codebook has the leading axes alone. QTensors are cut as arrays are, with their
+    packed lengths made local inside and global outside.
+    """
+
+    def cut(leaf: Any) -> tuple[Any, ...]:
+        rank = len(leaf.shape)
+        entries = placed.entries if rank == len(placed.entries) else placed.entries[: rank - 1]
+        return entries + (None,) * (rank - len(entries))
+
+    def spec_of(leaf: Any) -> PartitionSpec:  # an argument may be broadcast along an axis
+        entries = zip(leaf.shape, cut(leaf), strict=True)
+        return PartitionSpec(*(None if n == 1 else entry for n, entry in entries))
+
+    def local_struct(leaf: Any) -> jax.ShapeDtypeStruct:
+        counts = (_count(placed.mesh, entry) for entry in spec_of(leaf))
+        shape = tuple(n // c for n, c in zip(leaf.shape, counts, strict=True))
+        return jax.ShapeDtypeStruct(shape, leaf.dtype)
+
+    def inside(*local_args: Any) -> Any:
+        return function(*(_rescale_packed(a, placed, local=True) for a in local_args))
+
+    structs = jax.tree.map(local_struct, args)
+    out = jax.eval_shape(inside, *structs)
+    mapped = jax.shard_map(
+        inside,
+        mesh=placed.mesh,
+        in_specs=jax.tree.map(spec_of, args),
+        out_specs=jax.tree.map(lambda leaf: PartitionSpec(*cut(leaf)), out),
+        check_vma=False,
+    )
+    return _rescale_packed(jax.jit(mapped)(*args), placed, local=False)
+
+
+def _rescale_packed(tree: Any, placed: Placement, *, local: bool) -> Any:
+    """Makes the packed length of a QTensor that of a shard, or of the whole array again."""
+    if not isinstance(tree, QTensor) or tree.packed is None:
+        return tree
+    axis, length = tree.packed
+    shards = placed.shards[axis]
+    return dataclasses.replace(tree, packed=(axis, length // shards if local else length * shards))
