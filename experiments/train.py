@@ -149,7 +149,7 @@ def train(
     loss_fn = loss_fn or classification_loss(lambda tree, x: (apply(tree, x), {}))
     scan = jax.default_backend() != "cpu" if scan is None else scan
     advance = _compile(loss_fn, seen, optimizer, data.normalize, scan=scan)
-    refresh = refresh and _compile_refresh(refresh)
+    refresh = refresh and jax.jit(refresh)  # its results share no buffer with the state
     images, labels = jnp.asarray(data.train_images), jnp.asarray(data.train_labels)
     validation = data.normalize(data.validation_images), data.validation_labels
     per_epoch = steps_per_epoch(len(labels), config.batch_size)
@@ -247,11 +247,6 @@ def _compile(loss_fn, seen, optimizer, normalize, *, scan: bool) -> Callable:
         return jax.lax.scan(lambda s, index: step(s, extra, images, labels, index), state, order)
 
     return jax.jit(advance, donate_argnums=0)
-
-
-def _compile_refresh(refresh: Callable) -> Callable:
-    """Copies the result: a parameter returned as it is would share a buffer the step donates."""
-    return jax.jit(lambda *args: jax.tree.map(jnp.copy, refresh(*args)))
 
 
 def _split(params: Tree) -> tuple[Tree, dict, Callable[[TrainState], Tree]]:

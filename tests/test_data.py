@@ -231,10 +231,13 @@ def test_a_prepared_set_of_the_catalogue_is_read_by_name(tmp_path):
         assert found == {images[i].tobytes(): i % 3 for i in range(20, 30)}
 
 
-def test_a_set_that_is_no_image_classification_is_refused(tmp_path):
-    features = {"text": tfds.features.Tensor(shape=(), dtype=np.int32)}
-    write_catalogue_set(tmp_path, {"train": [{"text": 1}]}, features)
-    with pytest.raises(ValueError, match=r"'image' and 'label', found \['text'\]"):
+@pytest.mark.parametrize("missing", ["image", "label"])
+def test_a_set_that_is_no_image_classification_is_refused(tmp_path, missing):
+    number = tfds.features.Tensor(shape=(), dtype=np.int32)
+    features = {"image": number, "label": tfds.features.ClassLabel(num_classes=3)}
+    features[f"other_{missing}"] = features.pop(missing)
+    write_catalogue_set(tmp_path, {"train": [dict.fromkeys(features, 1)]}, features)
+    with pytest.raises(ValueError, match=f"'image' and 'label', found .*other_{missing}"):
         load("little_pictures", data_dir=tmp_path)
 
 

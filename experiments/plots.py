@@ -1,0 +1,153 @@
+"""The figures of the article's experiment, drawn from its JSON."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+PLACE = {"w1": 1, "ternary": 1.585} | {f"w{b}": b for b in range(2, 9)}
+STYLE = {
+    "absmax": dict(color="#b5452c", marker="o", linestyle="--"),
+    "mse": dict(color="#2c6fb5", marker="s", linestyle="-"),
+    "output": dict(color="#8a5fb0", marker="D", linestyle="-"),
+    "fine-tuned": dict(color="#2e8b57", marker="^", linestyle="-"),
+}
+LABEL = {
+    "absmax": "scales by absmax",
+    "mse": "scales by the weights' MSE",
+    "output": "scales by the outputs' MSE",
+    "fine-tuned": "fine-tuned",
+}
+
+
+def article_figures(payload: Mapping[str, Any], folder: Path, name: str) -> list[Path]:
+    """Draws all figures of one result; returns their files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = []
+    for suffix, draw in (
+        ("bits", accuracy_against_bits),
+        ("size", accuracy_against_size),
+        ("sweep", scale_sweep),
+        ("weights", weight_histograms),
+    ):
+        figure = draw(payload)
+        path = folder / f"{name}_{suffix}.png"
+        scratch = path.with_name(f".{path.name}")
+        figure.savefig(scratch, dpi=110, bbox_inches="tight", format="png")
+        plt.close(figure)
+        scratch.replace(path)
+        drawn.append(path)
+    return drawn
+
+
+def _series(payload: Mapping[str, Any], method: str) -> list[Mapping[str, Any]]:
+    rows = [row for row in payload["summary"]["rows"] if row["method"] == method]
+    return sorted(rows, key=lambda row: PLACE[row["format"]])
+
+
+def _accuracy_axes(payload: Mapping[str, Any]):
+    figure, axes = plt.subplots(figsize=(6.4, 4.2))
+    top = payload["summary"]["float"]["accuracy"]["mean"] * 100
+    axes.axhline(top, color="0.3", linewidth=1, label=f"float32 ({top:.2f} %)")
+    seeds = len(payload["config"]["seeds"])
+    noun = "seed" if seeds == 1 else "seeds, mean ± sd"
+    axes.set(ylabel="test accuracy, %", title=f"{payload['config']['dataset']}, {seeds} {noun}")
+    axes.grid(alpha=0.25)
+    return figure, axes
+
+
+def accuracy_against_bits(payload: Mapping[str, Any]):
+    """Test accuracy over bits per weight, one line per kind of scale, float as a line."""
+    figure, axes = _accuracy_axes(payload)
+    for method, style in STYLE.items():
+        rows = _series(payload, method)
+        if rows:
+            x = [PLACE[row["format"]] for row in rows]
+            _errorbar(axes, x, rows, method, style)
+    axes.set_xticks(list(PLACE.values()), ["1", "ternary", *map(str, range(2, 9))])
+    axes.tick_params(axis="x", labelsize=8)
+    axes.set_xlabel("bits of a weight (every layer quantized, biases float)")
+    axes.legend(loc="lower right")
+    return figure
+
+
+def accuracy_against_size(payload: Mapping[str, Any]):
+    """Test accuracy over the size of the file."""
+    figure, axes = _accuracy_axes(payload)
+    for method, style in STYLE.items():
+        rows = _series(payload, method)
+        if rows:
+            _errorbar(axes, [row["bytes"]["mean"] / 1000 for row in rows], rows, method, style)
+    size = payload["summary"]["float"]["bytes"]["mean"] / 1000
+    axes.plot([size], [payload["summary"]["float"]["accuracy"]["mean"] * 100], "k*", markersize=10)
+    axes.set_xscale("log")
+    axes.set_xlabel("size of the file, kB (log)")
+    axes.legend(loc="lower right")
+    return figure
+
+
+def _errorbar(axes, x, rows, method: str, style: dict) -> None:
+    y = [row["accuracy"]["mean"] * 100 for row in rows]
+    error = [row["accuracy"]["sd"] * 100 for row in rows]
+    axes.errorbar(x, y, error, label=LABEL[method], capsize=2, markersize=5, **style)
+
+
+def scale_sweep(payload: Mapping[str, Any]):
+    """Validation accuracy and squared error over S, and where the observers put it."""
+    sweep = payload["seeds"][0]["sweep"]
+    figure, axes = plt.subplots(figsize=(6.4, 4.2))
+    factors = [p["factor"] for p in sweep["points"]]
+    accuracy = [100 * p["validation_accuracy"] for p in sweep["points"]]
+    axes.plot(factors, accuracy, "o-", color="#444444", label="accuracy, one factor for all layers")
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel(
+        "S as a multiple of the one that absmax chooses (larger: finer steps, more clipping)"
+    )
+    axes.xaxis.label.set_size(8)
+    axes.set_ylabel("validation accuracy, %")
+    axes.set_title(
+        f"{payload['config']['dataset']}, {sweep['bits']} bits, one scale per layer", fontsize=11
+    )
+    twin = axes.twinx()
+    error = [p["relative_error"] for p in sweep["points"]]
+    twin.plot(factors, error, ":", color="#888888")
+    twin.set_yscale("log")
+    twin.set_ylabel("relative squared error of the weights (dotted)", color="#666666", fontsize=9)
+    colors = dict(zip(sweep["observers"], ("#b5452c", "#2c6fb5", "#8a5fb0"), strict=False))
+    for label, found in sweep["observers"].items():
+        layers = list(found["factors"].values())
+        y = 100 * found["validation_accuracy"]
+        axes.plot(layers, [y] * len(layers), "|", color=colors[label], markersize=12)
+        middle = float(np.exp(np.mean(np.log(layers))))
+        axes.plot([middle], [y], "D", color=colors[label], label=f"{label} (bars: its layers)")
+    axes.grid(alpha=0.25)
+    axes.legend(loc="lower center", fontsize=8)
+    return figure
+
+
+def weight_histograms(payload: Mapping[str, Any]):
+    """Every layer's weights before and after quantization."""
+    found = payload["seeds"][0]["histograms"]
+    layers = found["layers"]
+    figure, rows = plt.subplots(1, len(layers), figsize=(3.1 * len(layers), 2.9))
+    for axes, (name, h) in zip(np.atleast_1d(rows), layers.items(), strict=True):
+        edges = np.linspace(-h["edge"], h["edge"], len(h["before"]) + 1)
+        axes.stairs(h["before"], edges, fill=True, color="#9db8d6", label="float32")
+        axes.stairs(h["after"], edges, color="#b5452c", linewidth=1, label=f"{found['bits']} bits")
+        axes.set_yscale("symlog", linthresh=1)
+        axes.set_title(name, fontsize=10)
+        axes.tick_params(labelsize=7)
+    first = np.atleast_1d(rows)[0]
+    first.set_ylabel("weights in the bin (log)")
+    first.legend(fontsize=8)
+    figure.suptitle(
+        f"{payload['config']['dataset']}: weights before and after, one scale per output channel",
+        fontsize=11,
+    )
+    figure.tight_layout()
+    return figure

@@ -1,0 +1,58 @@
+"""The numbers of the article's experiment over seeds, and the tables they make."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from experiments.report import mean_sd, spread
+
+COLUMNS = (
+    "format",
+    "scales",
+    "accuracy %",
+    "lost points",
+    "test loss",
+    "kB",
+    "bits/weight",
+    "SQNR dB",
+)
+
+
+def aggregate(seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Mean and spread of the float network and of every row; `lost` is paired, per seed."""
+    floats = [seed["float"] for seed in seeds]
+    rows = []
+    for i, first in enumerate(seeds[0]["rows"]):
+        same = [seed["rows"][i] for seed in seeds]
+        lost = [f["accuracy"] - r["accuracy"] for f, r in zip(floats, same, strict=True)]
+        cells = {k: spread(r[k] for r in same) for k in ("accuracy", "loss", "bytes")}
+        optional = {
+            k: spread(r[k] for r in same)
+            for k in ("bits_per_weight", "sqnr_db")
+            if all(r.get(k) is not None for r in same)
+        }
+        names = {"format": first["format"], "method": first["method"]}
+        rows.append({**names, **cells, "lost": spread(lost), **optional})
+    head = {k: spread(f[k] for f in floats) for k in ("accuracy", "loss", "bytes")}
+    return {"float": head, "rows": rows}
+
+
+def table_rows(payload: Mapping[str, Any]) -> tuple[tuple[str, ...], Iterable[tuple[str, ...]]]:
+    """Columns and rows of the table of one JSON, the float network first."""
+    summary = payload["summary"]
+    top = summary["float"]
+    kilobytes = f"{top['bytes']['mean'] / 1000:.1f}"
+    head = ("float32", "", mean_sd(top["accuracy"], 100), "", mean_sd(top["loss"], 1, 3))
+    return COLUMNS, [(*head, kilobytes, "32", ""), *(_cells(row) for row in summary["rows"])]
+
+
+def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+    return (
+        row["format"],
+        row["method"],
+        mean_sd(row["accuracy"], 100),
+        mean_sd(row["lost"], 100),
+        mean_sd(row["loss"], 1, 3),
+        f"{row['bytes']['mean'] / 1000:.1f}",
+        f"{row['bits_per_weight']['mean']:.2f}" if "bits_per_weight" in row else "",
+        f"{row['sqnr_db']['mean']:.1f}" if "sqnr_db" in row else "",
+    )
