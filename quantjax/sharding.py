@@ -85,8 +85,8 @@ def over_shards(function: Callable[..., Any], placed: Placement, *args: Any) -> 
     """function(*args), run on every shard by itself; the results lie as the arrays do.
 
     Arrays of the rank of the placed one are cut alike, arguments of length one along an axis
-    excepted; a learned codebook has the leading axes alone. QTensors are cut as arrays are, with their
-    packed lengths made local inside and global outside.
+    excepted; a learned codebook has the leading axes alone. QTensors are cut as arrays are, with
+    their packed lengths made local inside and global outside.
     """
 
     def cut(leaf: Any) -> tuple[Any, ...]:
