@@ -36,7 +36,8 @@ class Config:
 
     optimizer: momentum is SGD with momentum 0.9; sgd is the article's plain SGD; adam decays on
     a cosine. epochs, batch_size, learning_rate and fine_tune_epochs default per dataset and
-    optimizer (see `settings`). out: where results/, figures/ and checkpoints go."""
+    optimizer (see `settings`). out: where results/, figures/ and checkpoints go; publish: results
+    and figures go to experiments/, from where the README is made, instead."""
 
     dataset: str = "digits"
     data_dir: Path | None = None
@@ -48,28 +49,38 @@ class Config:
     fine_tune_epochs: int | None = None
     batch_norm: bool = False
     out: Path = Path("runs")
+    publish: bool = False
 
 
-def settings(config: Config) -> Config:
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What was left open in `Config`, filled in."""
+
+    optimizer: str
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    fine_tune_epochs: int
+
+
+def settings(config: Config) -> Settings:
     """Fills in what depends on the dataset and the optimizer. The article gives SGD, 0.01 and 10
     epochs; the rest was chosen on validation images."""
     small = config.dataset == "digits"
     optimizer = config.optimizer or ("momentum" if small else "adam")
     epochs = 10 if optimizer == "sgd" else 30 if small else 3 if config.dataset == "mnist" else 6
     rate = {"momentum": 0.05, "sgd": 0.01, "adam": 1e-3}[optimizer]
-    return dataclasses.replace(
-        config,
+    tuning = 20 if small else 1 if config.dataset == "mnist" else 2
+    return Settings(
         optimizer=optimizer,
         epochs=epochs if config.epochs is None else config.epochs,
         batch_size=config.batch_size or (32 if small else 64),
         learning_rate=rate if config.learning_rate is None else config.learning_rate,
-        fine_tune_epochs=(20 if small else 2)
-        if config.fine_tune_epochs is None
-        else config.fine_tune_epochs,
+        fine_tune_epochs=tuning if config.fine_tune_epochs is None else config.fine_tune_epochs,
     )
 
 
-def make_optimizer(config: Config, steps: int) -> optax.GradientTransformation:
+def make_optimizer(config: Settings, steps: int) -> optax.GradientTransformation:
     """The optimizer of the float network."""
     if config.optimizer == "adam":
         return optax.adam(optax.cosine_decay_schedule(config.learning_rate, steps))
@@ -77,22 +88,22 @@ def make_optimizer(config: Config, steps: int) -> optax.GradientTransformation:
     return optax.sgd(config.learning_rate, momentum)
 
 
-def run_seed(config: Config, seed: int) -> dict[str, Any]:
+def run_seed(config: Config, chosen: Settings, seed: int) -> dict[str, Any]:
     """Everything for one seed, as it goes into the JSON."""
     data = load(config.dataset, data_dir=config.data_dir, seed=seed)
     model = ArticleCNN(batch_norm=config.batch_norm, classes=data.classes)
-    name = f"{config.optimizer}{'_bn' if config.batch_norm else ''}"
+    name = f"{chosen.optimizer}{'_bn' if config.batch_norm else ''}"
     folder = config.out / config.dataset / name / f"seed{seed}"
     # Without state the default loss serves; batch statistics need the training pass.
     loss_fn = classification_loss(training_apply(model)) if config.batch_norm else None
-    steps = config.epochs * steps_per_epoch(len(data.train_labels), config.batch_size)
+    steps = chosen.epochs * steps_per_epoch(len(data.train_labels), chosen.batch_size)
     note = f"{config.dataset}, seed {seed}"
-    console.print(f"{note}: training the float network, {config.epochs} epochs")
+    console.print(f"{note}: training the float network, {chosen.epochs} epochs")
     result = train(
         model.apply,
         initialize(model, data.image_shape, seed=seed),
         data,
-        TrainConfig(make_optimizer(config, steps), config.epochs, config.batch_size, seed),
+        TrainConfig(make_optimizer(chosen, steps), chosen.epochs, chosen.batch_size, seed),
         loss_fn=loss_fn,
         run_dir=folder,
     )
@@ -121,8 +132,8 @@ def run_seed(config: Config, seed: int) -> dict[str, Any]:
         print(article_line(row))
 
     tuned = {}
-    ft = fine_tune.FineTuneConfig(config.fine_tune_epochs, batch_size=config.batch_size)
-    for fmt in fine_tune.FORMATS if config.fine_tune_epochs else ():
+    ft = fine_tune.FineTuneConfig(chosen.fine_tune_epochs, batch_size=chosen.batch_size)
+    for fmt in fine_tune.FORMATS if chosen.fine_tune_epochs else ():
         console.print(f"{note}: fine-tuning through {fmt}, {ft.epochs} epochs")
         rules = fitting(policy(fmt, qj.mse()), params)
         tuned[fmt] = fine_tune.fine_tune(
@@ -175,22 +186,24 @@ def article_line(row: dict[str, Any]) -> str:
 
 def main(config: Config) -> None:
     """Runs all seeds; prints the table; writes one JSON and the figures."""
-    config = settings(config)
+    chosen = settings(config)
     name = f"article_{config.dataset}"
     name += "_bn" if config.batch_norm else ""
-    name += "_sgd" if config.optimizer == "sgd" else ""
-    shown = {k: str(v) if isinstance(v, Path) else v for k, v in vars(config).items()}
-    shown.pop("data_dir"), shown.pop("out")  # where files lie is no part of a result
+    name += "_sgd" if chosen.optimizer == "sgd" else ""
+    shown = {
+        k: str(v) if isinstance(v, Path) else v for k, v in (vars(config) | vars(chosen)).items()
+    }
+    for place in ("data_dir", "out", "publish"):  # where files lie is no part of a result
+        del shown[place]
     payload = {"question": (__doc__ or "").splitlines()[0], "config": shown, **environment()}
-    payload["fine_tune"] = dataclasses.asdict(
-        fine_tune.FineTuneConfig(config.fine_tune_epochs or 0)
-    )
-    payload["seeds"] = [run_seed(config, seed) for seed in config.seeds]
+    payload["fine_tune"] = dataclasses.asdict(fine_tune.FineTuneConfig(chosen.fine_tune_epochs))
+    payload["seeds"] = [run_seed(config, chosen, seed) for seed in config.seeds]
     payload["summary"] = aggregate(payload["seeds"])
-    write_json(config.out / "results" / f"{name}.json", payload)
-    files = plots.article_figures(payload, config.out / "figures", name)
+    home = Path(__file__).parent if config.publish else config.out
+    write_json(home / "results" / f"{name}.json", payload)
+    files = plots.article_figures(payload, home / "figures", name)
     print_table(f"{config.dataset}, test split, {len(config.seeds)} seed(s)", *table_rows(payload))
-    print(f"{config.out / 'results' / name}.json", *files, sep="\n")
+    print(home / "results" / f"{name}.json", *files, sep="\n")
 
 
 if __name__ == "__main__":

@@ -73,13 +73,15 @@ def with_output_scales(params: Any, policy: qj.Policy, moments: dict[str, Array]
 
 @jax.jit
 def _search(w: Array, h_II: Float[Array, "i i"], like: qj.QTensor) -> qj.QTensor:
-    """The codes and scales of one kernel whose last axis is the output."""
+    """The codes and scales of one kernel whose last axis is the output, in integer levels."""
+    grid, shape = like.format, (1,) * (w.ndim - 1) + w.shape[-1:]
+    assert isinstance(grid, qj.IntFormat)
     w_IO = w.reshape(-1, w.shape[-1])
-    widest = jnp.abs(w_IO).max(0) / like.format.max_level
+    widest = jnp.abs(w_IO).max(0) / grid.max_level
     hw_IO = h_II @ w_IO
 
     def levels(step_O: Array) -> Array:
-        return like.format.decode(like.format.encode(w_IO * inverse(step_O)))
+        return grid.decode(grid.encode(w_IO * inverse(step_O)))
 
     def fitted(step_O: Array) -> tuple[Array, Array]:
         l_IO = levels(step_O)
@@ -96,6 +98,6 @@ def _search(w: Array, h_II: Float[Array, "i i"], like: qj.QTensor) -> qj.QTensor
 
     start = (jnp.full(widest.shape, jnp.inf), widest, widest)
     (_, step_O, scale_O), _ = lax.scan(body, start, jnp.asarray(FRACTIONS))
-    rounding = dataclasses.replace(like, scale=step_O.reshape(like.scale.shape))
+    rounding = dataclasses.replace(like, scale=step_O.reshape(shape))
     codes = qj.quantize({"kernel": w}, like={"kernel": rounding})["kernel"]
-    return dataclasses.replace(codes, scale=scale_O.reshape(like.scale.shape))
+    return dataclasses.replace(codes, scale=scale_O.reshape(shape))

@@ -38,7 +38,7 @@ class Judge:
     scratch: Path
 
     @property
-    def apply(self) -> Callable[..., jax.Array]:
+    def apply(self) -> Callable[..., Any]:
         """(variables, images) -> logits."""
         return self.model.apply
 
@@ -214,7 +214,8 @@ def _relative_error(params: Any, quantized: Any) -> float:
 
 def weight_histograms(params: Any, bits: int = 4, bins: int = 81) -> dict[str, Any]:
     """Counts of every layer's weights before and after quantization, over common edges."""
-    quantized = qj.dequantize(qj.quantize(params, qj.Policy([("**/kernel", f"w{bits}")])))
+    spec = dataclasses.replace(preset_spec(f"w{bits}"), block=Granularity.TENSOR)
+    quantized = qj.dequantize(_per_tensor(params, spec, qj.mse()))
     out = {}
     for name, w in _layers(params).items():
         edge = float(jnp.abs(w).max())

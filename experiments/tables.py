@@ -56,3 +56,52 @@ def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
         f"{row['bits_per_weight']['mean']:.2f}" if "bits_per_weight" in row else "",
         f"{row['sqnr_db']['mean']:.1f}" if "sqnr_db" in row else "",
     )
+
+
+METHODS = ("absmax", "mse", "output", "fine-tuned")
+
+
+def article_markdown(
+    payload: Mapping[str, Any],
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """The README's table: a row per format, accuracy (and points lost) per kind of scales."""
+    summary = payload["summary"]
+    by_name = {(row["format"], row["method"]): row for row in summary["rows"]}
+    columns = ("weights", "kB", "absmax", "weights' MSE", "outputs' MSE", "fine-tuned")
+    top = summary["float"]
+    size = f"{top['bytes']['mean'] / 1000:.0f}"
+    rows: list[tuple[str, ...]] = [("float32", size, mean_sd(top["accuracy"], 100), "", "", "")]
+    for name in dict.fromkeys(row["format"] for row in summary["rows"]):
+        cells = [_lost(by_name.get((name, method))) for method in METHODS]
+        size = f"{by_name[name, 'absmax']['bytes']['mean'] / 1000:.0f}"
+        rows.append((name, size, *cells))
+    for method in ("absmax, biases too", "printed rule"):
+        row = by_name["w8", method]
+        rows.append((f"w8, {method}", f"{row['bytes']['mean'] / 1000:.0f}", _lost(row), "", "", ""))
+    return columns, rows
+
+
+def _lost(row: Mapping[str, Any] | None) -> str:
+    """Accuracy, and in brackets the points lost against the float network of the same seed."""
+    if row is None:
+        return ""
+    lost = mean_sd(row["lost"], 100)
+    return f"{100 * row['accuracy']['mean']:.2f} ({lost})"
+
+
+def bench_markdown(
+    payload: Mapping[str, Any],
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Median milliseconds, and the ratio to the read-and-cast pass of the same run."""
+    columns = ("case", "how", "ms", "times the pass", "peak memory, MB")
+    rows: list[tuple[str, ...]] = [
+        (
+            row["case"],
+            row["how"],
+            f"{row['median_ms']:.1f}",
+            f"{row['ratio_to_pass']:.2f}",
+            f"{row['peak_mb']:.0f}" if row.get("peak_mb") is not None else "",
+        )
+        for row in payload["rows"]
+    ]
+    return columns, rows

@@ -1,0 +1,53 @@
+"""Which numbers does the README show? Those of the committed JSON, put in by this command.
+Run: python -m experiments.readme [--check]
+
+Everything between `<!-- table: NAME -->` and `<!-- end -->` is made anew from
+experiments/results/NAME.json."""
+
+import dataclasses
+import json
+import re
+import sys
+from pathlib import Path
+
+import tyro
+
+from experiments.report import markdown_table
+from experiments.tables import article_markdown, bench_markdown
+
+ROOT = Path(__file__).parent.parent
+BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """check: change nothing, and exit with 1 if the README is not what the JSON makes it."""
+
+    check: bool = False
+
+
+def rendered(text: str) -> str:
+    """The README's text with every table made anew."""
+
+    def table(match: re.Match[str]) -> str:
+        path = ROOT / "experiments" / "results" / f"{match[2]}.json"
+        payload = json.loads(path.read_text())
+        make = bench_markdown if match[2].startswith("bench") else article_markdown
+        return f"{match[1]}{markdown_table(*make(payload))}\n{match[3]}"
+
+    return BLOCK.sub(table, text)
+
+
+def main(config: Config) -> None:
+    """Rewrites the README, or checks it."""
+    path = ROOT / "README.md"
+    text = path.read_text()
+    new = rendered(text)
+    if config.check and new != text:
+        sys.exit("README.md is not what the results make it: run python -m experiments.readme.")
+    if not config.check:
+        path.write_text(new)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
