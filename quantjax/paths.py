@@ -67,6 +67,7 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
     parts = pattern.split("/")
     if not pattern or "" in parts:
         raise ValueError(f"pattern {pattern!r}: expected parts joined by single '/'.")
+    parts = [p for i, p in enumerate(parts) if p != "**" or parts[i - 1 : i] != ["**"]]
     regex, last = "", len(parts) - 1
     for i, part in enumerate(parts):
         if part == "**":

@@ -172,14 +172,12 @@ class Policy:
         return Resolved(tuple(out))
 
 
-def _as_spec(spec: QuantSpec | str | None, where: str) -> QuantSpec | None:
+def _as_spec(spec: object, where: str) -> QuantSpec | None:
     if isinstance(spec, str):
         return preset_spec(spec)
-    if spec is not None and not isinstance(spec, QuantSpec):
-        raise ValueError(
-            f"Policy: {where}: expected a QuantSpec, a preset name or None, got {spec!r}."
-        )
-    return spec
+    if spec is None or isinstance(spec, QuantSpec):
+        return spec
+    raise ValueError(f"Policy: {where}: expected a QuantSpec, a preset name or None, got {spec!r}.")
 
 
 def _facts(leaf: Any) -> jax.ShapeDtypeStruct | None:
