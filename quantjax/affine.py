@@ -144,9 +144,9 @@ def quantize_array(
     codes = _codes(x, scales, spec.format, block, uniform)
     bits, axis = spec.format.bits, None
     if bits == 8 or codes.size == 0:
-        qvalue = codes.astype(jnp.int32).astype(spec.format.code_dtype)
+        qvalue = codes.astype(spec.format.code_dtype)
     else:
-        qvalue = (codes.astype(jnp.int32) + _code_offset(spec.format)).astype(jnp.uint8)
+        qvalue = (codes + np.float32(_code_offset(spec.format))).astype(jnp.uint8)
         reduced = tuple(b > 1 for b in sizes(x.shape, block))
         axis = packed_axis(x.shape, x.ndim - len(block), bits, reduced)
         qvalue = pack(qvalue, bits, axis)

@@ -106,6 +106,12 @@ def over_shards(function: Callable[..., Any], placed: Placement, *args: Any) -> 
     def inside(*local_args: Any) -> Any:
         return function(*(_rescale_packed(a, placed, local=True) for a in local_args))
 
+    def moved(leaf: Any) -> Any:  # on an Explicit mesh nothing is cut or moved unasked
+        sharding = NamedSharding(placed.mesh, spec_of(leaf))
+        if isinstance(placed.mesh, jax.sharding.AbstractMesh):
+            return jax.sharding.reshard(leaf, sharding)
+        return jax.device_put(leaf, sharding)
+
     structs = jax.tree.map(local_struct, args)
     out = jax.eval_shape(inside, *structs)
     mapped = jax.shard_map(
@@ -115,7 +121,7 @@ def over_shards(function: Callable[..., Any], placed: Placement, *args: Any) -> 
         out_specs=jax.tree.map(lambda leaf: PartitionSpec(*cut(leaf)), out),
         check_vma=False,
     )
-    return _rescale_packed(jax.jit(mapped)(*args), placed, local=False)
+    return _rescale_packed(jax.jit(mapped)(*jax.tree.map(moved, args)), placed, local=False)
 
 
 def _rescale_packed(tree: Any, placed: Placement, *, local: bool) -> Any:
