@@ -1,5 +1,7 @@
 """The network has the article's layers, for each image size, and its pool is PyTorch's."""
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -11,15 +13,16 @@ from experiments.models import ArticleCNN, average_pool, initialize, training_ap
 
 @pytest.mark.parametrize("side, channels, features", [(28, 1, 2304), (32, 3, 3136), (8, 1, 64)])
 def test_layers_and_shapes(side, channels, features):
-    params = initialize(ArticleCNN(), (side, side, channels), seed=0)["params"]
-    assert jax.tree.map(jnp.shape, params) == {
+    model, shape = ArticleCNN(), (side, side, channels)
+    variables = jax.eval_shape(partial(initialize, model, shape, seed=0))
+    assert jax.tree.map(jnp.shape, variables["params"]) == {
         "conv1": {"kernel": (3, 3, channels, 32), "bias": (32,)},
         "conv2": {"kernel": (3, 3, 32, 64), "bias": (64,)},
         "fc1": {"kernel": (features, 100), "bias": (100,)},
         "fc2": {"kernel": (100, 10), "bias": (10,)},
     }
-    x = jnp.ones((3, side, side, channels))
-    assert ArticleCNN().apply({"params": params}, x).shape == (3, 10)
+    logits = jax.eval_shape(model.apply, variables, jnp.ones((3, *shape)))
+    assert logits.shape == (3, 10) and logits.dtype == jnp.float32
 
 
 def test_the_seed_draws_the_parameters():
