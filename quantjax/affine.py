@@ -64,13 +64,16 @@ def find_scales(x: Float[Array, "*n"], spec: QuantSpec, weights: Any = None) -> 
     if isinstance(format, Codebook) and format.learned_bits is not None:
         weights = jnp.ones(x.shape, jnp.float32) if weights is None else weights
         step = spread(scale, x.shape, block)
+        # Squared errors weigh by the step squared: relative to the largest, which can not overflow.
+        axes = tuple(range(x.ndim - len(block), x.ndim))
+        share = spread(scale * inverse(scale.max(axes, keepdims=True)), x.shape, block)
 
         def fit(v: jax.Array, w: jax.Array) -> jax.Array:
             return fit_levels(v, w, format.bits)
 
         for _ in range(x.ndim - len(block)):
             fit = jax.vmap(fit)
-        return Scales(scale, None, fit(x * inverse(step), weights * (step * step)))
+        return Scales(scale, None, fit(x * inverse(step), weights * (share * share)))
     if isinstance(spec.scale_format, ExponentFormat):
         codes = spec.scale_format.encode(scale).astype(jnp.uint8)
         single = (1,) * len(block)

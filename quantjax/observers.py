@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from quantjax.blocks import Blocked
 from quantjax.formats import Format, IntFormat
-from quantjax.scales import inverse, scale_of_range
+from quantjax.scales import HUGE, TINY, inverse, scale_of_range
 
 Range = tuple[Float[Array, "*b"], Float[Array, "*b"]]
 
@@ -128,7 +128,8 @@ class _Percentile:
         axes = x.axes or None
 
         def at(q: float) -> jax.Array:
-            return (values if axes is None else take(values, q, axis=axes)) + poison
+            # A float32 q, so that the result is float32 where 64 bits are enabled too.
+            return (values if axes is None else take(values, np.float32(q), axis=axes)) + poison
 
         high = at(self.q / 100)
         low = -high if grid.symmetric else at(1 - self.q / 100)
@@ -141,12 +142,26 @@ class _Percentile:
         return state[0], state[1]
 
 
-def _error(x: Blocked, low: jax.Array, high: jax.Array, grid: Grid, weights: Any, p: float):
-    """Sum over each block of w |x - D(Q(x))|^p, for the grid that covers [low, high]."""
+def _unit(x: Blocked, low: jax.Array, high: jax.Array) -> jax.Array:
+    """1 / the range's magnitude, against x: errors in its units neither overflow nor vanish."""
+    largest = jnp.clip(jnp.maximum(jnp.abs(low), jnp.abs(high)), TINY, HUGE)
+    return jnp.expand_dims(inverse(largest), x.axes)
+
+
+def _error(
+    x: Blocked,
+    low: jax.Array,
+    high: jax.Array,
+    grid: Grid,
+    weights: Any,
+    p: float,
+    unit: jax.Array,
+) -> Float[Array, "*b"]:
+    """Sum over each block of w |unit (x - D(Q(x)))|^p, for the grid that covers [low, high]."""
     scale, zero_point, codes = _codes(x, low, high, grid)
     levels = grid.format.decode(codes)
     levels = levels if zero_point is None else levels - zero_point
-    error = jnp.abs(x.values - levels * scale)
+    error = jnp.abs(x.values - levels * scale) * unit
     error = error * error if p == 2 else error ** np.float32(p)
     return _reduce(jnp.sum, x, error if weights is None else error * weights, 0.0)
 
@@ -184,37 +199,41 @@ class _Mse:
     def search(self, x: Blocked, grid: Grid, weights: Any = None) -> Range:
         """The best range for x alone, in the memory of one error per block."""
         low, high = self._widest(x, grid)
-        fractions = self._fractions()
+        fractions, unit = self._fractions(), _unit(x, low, high)
 
         def body(i: jax.Array, best: tuple[jax.Array, jax.Array]):
-            error = _error(x, low * fractions[i], high * fractions[i], grid, weights, self.p)
+            f = fractions[i]
+            error = _error(x, low * f, high * f, grid, weights, self.p, unit)
             better = error < best[0]
-            return jnp.where(better, error, best[0]), jnp.where(better, fractions[i], best[1])
+            return jnp.where(better, error, best[0]), jnp.where(better, f, best[1])
 
         start = (jnp.full(low.shape, np.inf, jnp.float32), jnp.ones(low.shape, jnp.float32))
         best = lax.fori_loop(0, self.steps, body, start)[1]
         low, high = low * best, high * best
         if self.p == 2 and grid.symmetric and grid.scale_format is None:
             for _ in range(2):
-                low, high = self._least_squares(x, low, high, grid, weights)
+                low, high = self._least_squares(x, low, high, grid, weights, unit)
         return low, high
 
-    def _least_squares(self, x: Blocked, low: Any, high: Any, grid: Grid, weights: Any) -> Range:
+    def _least_squares(
+        self, x: Blocked, low: Any, high: Any, grid: Grid, weights: Any, unit: jax.Array
+    ) -> Range:
         """The best scale for the codes as they are: s = sum(w x l) / sum(w l^2). The error falls
         here and falls again when the codes are rounded anew, so this never hurts."""
         levels = grid.format.decode(_codes(x, low, high, grid)[2])
         w = np.float32(1) if weights is None else weights
-        top = _reduce(jnp.sum, x, w * (x.values * levels), 0.0)
+        top = _reduce(jnp.sum, x, w * (x.values * unit * levels), 0.0)
         bottom = _reduce(jnp.sum, x, w * (levels * levels), 0.0)
-        high_new = top / bottom * np.float32(grid.format.max_level)
+        high_new = top / bottom * np.float32(grid.format.max_level) / unit.reshape(top.shape)
         high = jnp.where((bottom > 0) & (high_new > 0), high_new, high)
         return -high, high
 
     def update(self, state: Any, x: Blocked, grid: Grid, weights: Any = None) -> Any:
         low, high = self._widest(x, grid) if state is None else state[:2]
+        unit = _unit(x, low, high)
 
         def body(fraction: jax.Array) -> jax.Array:
-            return _error(x, low * fraction, high * fraction, grid, weights, self.p)
+            return _error(x, low * fraction, high * fraction, grid, weights, self.p, unit)
 
         errors = lax.map(body, self._fractions())
         return low, high, errors if state is None else state[2] + errors

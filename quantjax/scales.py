@@ -53,13 +53,16 @@ def scale_of_range(
                 f"asymmetric quantization needs integer levels with zero, not {format}."
             )
         low, high = jnp.minimum(low, 0), jnp.maximum(high, 0)
-        amax = high - low
-        scale = amax * np.float32(1.0 / (format.qmax - format.qmin))
+        amax = jnp.maximum(high, -low)
+        # Halves, as the difference of two large numbers overflows; a product with 1/2 is exact.
+        half = high * np.float32(0.5) - low * np.float32(0.5)
+        scale = half * np.float32(2.0 / (format.qmax - format.qmin))
     nested = scale_format is not None and not isinstance(scale_format, ExponentFormat)
     empty = 0.0 if nested else 1.0 if getattr(format, "has_zero", True) else TINY
     scale = jnp.clip(scale, TINY, HUGE)
     scale = jnp.where(amax < TINY, np.float32(empty), scale)
-    scale = jnp.where(jnp.isfinite(amax), scale, np.float32(np.nan))
+    finite = jnp.isfinite(low) & jnp.isfinite(high)  # an unsigned grid's amax misses -infinity
+    scale = jnp.where(finite, scale, np.float32(np.nan))
     if not symmetric and isinstance(format, IntFormat):
         shift = jnp.round(low * inverse(scale))
         shift = jnp.clip(shift, np.float32(format.qmin - format.qmax), 0)
