@@ -143,9 +143,11 @@ class _Percentile:
 
 
 def _unit(x: Blocked, low: jax.Array, high: jax.Array) -> jax.Array:
-    """1 / the range's magnitude, against x: errors in its units neither overflow nor vanish."""
+    """1 / the range's magnitude as a power of two, which is exact, against x: errors in its units
+    neither overflow nor vanish."""
     largest = jnp.clip(jnp.maximum(jnp.abs(low), jnp.abs(high)), TINY, HUGE)
-    return jnp.expand_dims(inverse(largest), x.axes)
+    exponent = lax.bitcast_convert_type(largest, jnp.int32) & 0x7F800000
+    return jnp.expand_dims(inverse(lax.bitcast_convert_type(exponent, jnp.float32)), x.axes)
 
 
 def _error(
