@@ -51,7 +51,7 @@ def test_boxed_and_nested_paths_are_named():
 
 def test_many_are_counted():
     q = qj.quantize({str(i): {"kernel": jnp.ones((2, 2))} for i in range(9)}, "w8")
-    with pytest.raises(ValueError, match="4/kernel .* and 4 more"):
+    with pytest.raises(ValueError, match=r"3/kernel \(int8\), 4/kernel \(int8\) and 4 more"):
         refuse_quantized(q)
 
 
