@@ -1,4 +1,7 @@
-"""Does bad or odd input raise, naming the leaf, or come through unharmed?"""
+"""Is every odd input either refused by name, or given a documented, finite result?"""
+
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -6,85 +9,189 @@ import numpy as np
 import pytest
 
 import quantjax as qj
+from quantjax import affine
 from quantjax.formats import IntFormat
+from quantjax.policy import preset_spec
 from quantjax.spec import QuantSpec
 
+PRESETS = ["w8", "w4", "w4g4", "w2", "w1", "nf4g4", "fp8", "mxfp4", "mxfp8", "nvfp4", "ternary"]
+EXTRA = {
+    "asymmetric": QuantSpec(format=IntFormat(8), symmetric=False, observer=qj.minmax()),
+    "unsigned minmax": QuantSpec(format=IntFormat(8, signed=False), observer=qj.minmax()),
+    "percentile": QuantSpec(format=IntFormat(8), observer=qj.percentile(99.0)),
+    "asymmetric percentile": QuantSpec(
+        format=IntFormat(8), symmetric=False, observer=qj.percentile(99.0)
+    ),
+    "ema": QuantSpec(format=IntFormat(8), observer=qj.ema()),
+    "asymmetric mse": QuantSpec(format=IntFormat(4), symmetric=False, observer=qj.mse(steps=5)),
+    "kmeans": QuantSpec(format=qj.Codebook.learned(3)),
+}
+SPECS = {**{name: preset_spec(name) for name in PRESETS}, **EXTRA}
+every_spec = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 FUNCTIONS = [qj.quantize, qj.fake_quantize]
 each_function = pytest.mark.parametrize("function", FUNCTIONS)
+
+
+def normal(*shape: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
+
+
+def policy(spec) -> qj.Policy:
+    return qj.Policy([("kernel", spec)])
+
+
+def fake(x, spec, **kwargs):
+    return qj.fake_quantize({"kernel": x}, policy(spec), **kwargs)["kernel"]
 
 
 def tree(x) -> dict:
     return {"dense": {"kernel": x}}
 
 
-@each_function
+def largest_of_nothing(spec) -> float:
+    """The nearest to zero that there is: 0, or the top level of the smallest scale."""
+    has_zero = getattr(spec.format, "has_zero", False)
+    return 0.0 if has_zero else 2.0**-126 * max(spec.format.max_level, 1)
+
+
+# Values.
+
+
+@every_spec
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("name", ["w8", "w2", "mxfp8"])
-def test_values_that_no_scale_covers_name_the_leaf(function, value, name):
-    params = {"fine": {"kernel": jnp.ones((4, 2))}} | tree(jnp.ones((4, 2)).at[1, 1].set(value))
-    with pytest.raises(ValueError, match="^dense/kernel: holds NaN or infinity"):
-        function(params, name)
+def test_nan_and_infinity_raise_by_name_outside_jit(spec, value):
+    params = {"fine": {"kernel": normal(8, 4)}, "bad": {"kernel": normal(8, 4).at[3, 1].set(value)}}
+    with pytest.raises(ValueError, match="^bad/kernel: holds NaN or infinity"):
+        qj.quantize(params, qj.Policy([("**/kernel", spec)]))
+    with pytest.raises(ValueError, match="^kernel: holds NaN or infinity"):
+        fake(params["bad"]["kernel"], spec)
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_under_jit_their_blocks_get_a_nan_scale(value):
-    x = jnp.ones((4, 2)).at[1, 1].set(value)
-    q = jax.jit(lambda p: qj.quantize(p, "w8"))(tree(x))["dense"]["kernel"]
-    assert np.isnan(np.asarray(q.scale)).tolist() == [[False, True]]
-    np.testing.assert_allclose(qj.dequantize(q)[:, 0], 1, rtol=1e-6)
-    assert np.isnan(np.asarray(qj.dequantize(q))[:, 1]).all()
+@every_spec
+def test_nan_gives_its_block_a_nan_scale_under_jit(spec):
+    x = normal(8, 4).at[3, 1].set(np.nan)
+    q = jax.jit(lambda p: qj.quantize(p, policy(spec)))({"kernel": x})["kernel"]
+    scale, y = np.asarray(affine.scale_values(q.scale)), np.asarray(affine.dequantize_array(q))
+    assert np.isnan(scale[:, 1]).any()
+    assert np.isnan(y[3, 1])  # a hole is not filled with numbers
+    if spec.scale_spec is None:  # else the scale above all blocks is NaN too
+        assert np.isfinite(np.delete(scale, 1, 1)).all()
+        if q.codebook is None:
+            assert np.isfinite(np.delete(y, 1, 1)).all()
 
 
-@pytest.mark.parametrize("name", ["w8", "w4", "w3g4", "fp8", "nf4", "ternary"])
-def test_a_block_of_zeros_has_scale_one_and_stays_zero(name):
-    x = jnp.zeros((8, 2)).at[:, 1].set(jnp.arange(8.0))
-    q = qj.quantize(tree(x), name)["dense"]["kernel"]
-    np.testing.assert_array_equal(np.asarray(q.scale)[:, 0], 1)
-    np.testing.assert_array_equal(np.asarray(qj.dequantize(q))[:, 0], 0)
+@every_spec
+def test_zero_blocks(spec):
+    x = normal(8, 4).at[:, 1].set(0.0)
+    q = qj.quantize({"kernel": x}, policy(spec))["kernel"]
+    y = np.asarray(affine.dequantize_array(q))
+    assert np.isfinite(y).all()
+    assert np.abs(y[:, 1]).max() <= largest_of_nothing(spec)
+    has_zero = getattr(spec.format, "has_zero", False)
+    expected = 0 if spec.scale_spec is not None else 1 if has_zero else 2.0**-126
+    assert np.all(np.asarray(affine.scale_values(q.scale))[:, 1] == np.float32(expected))
+    assert np.abs(np.asarray(fake(jnp.zeros((8, 4)), spec))).max() <= largest_of_nothing(spec)
 
 
-@pytest.mark.parametrize("name", ["w8", "w4", "fp8", "mxfp4", "nvfp4", "nf4", "binary"])
-def test_one_element(name):
-    x = tree(jnp.full((1, 1), 2.0))
-    q = qj.quantize(x, name)
-    y = qj.dequantize(q)["dense"]["kernel"]
-    assert q["dense"]["kernel"].shape == y.shape == (1, 1)
-    # It is the largest of its block; the stored scales of nvfp4 have three bits.
-    np.testing.assert_allclose(y, 2.0, rtol=0.07)
+@every_spec
+@pytest.mark.parametrize("value", [0.7, -0.7])
+def test_a_constant_tensor_keeps_its_value(spec, value):
+    if value < 0 and isinstance(spec.format, IntFormat) and not spec.format.signed:
+        pytest.skip("an unsigned grid has nothing below zero")
+    y = np.asarray(fake(jnp.full((8, 4), value), spec))
+    if spec.scale_format is None:
+        # It is the largest magnitude, so on the grid but for rounding: of the reciprocal of the
+        # level, the product and the result, each 2^-24.
+        np.testing.assert_allclose(y, value, rtol=4 * 2.0**-24)
+    else:  # the scale itself is rounded: to a power of two, or to four bits
+        assert np.all(np.abs(y / value - 1) <= 0.3) and np.all(y == y[0, 0])
+
+
+@every_spec
+def test_one_element(spec):
+    q = qj.quantize({"kernel": jnp.array([[3.0]])}, policy(spec))["kernel"]
+    y = affine.dequantize_array(q)
+    assert q.shape == y.shape == (1, 1)
+    # As above; 3 = 1.5 * 2 is on the grid of e2m1 and e4m3 under any power of two.
+    np.testing.assert_allclose(y, 3.0, rtol=0.07 if spec.scale_spec else 4 * 2.0**-24)
+
+
+@every_spec
+@pytest.mark.parametrize("magnitude", [1e-44, 3e-38, 1e-25, 1e25, 3e38])
+def test_subnormal_and_huge_values(spec, magnitude):
+    x = jnp.asarray(np.linspace(-1, 1, 32).reshape(8, 4) * magnitude, jnp.float32)
+    y = np.asarray(fake(x, spec), np.float64)
+    assert np.isfinite(y).all()
+    if 1e-30 < magnitude < 1e30 and spec.scale_format is None:
+        # Far from both ends the size makes no difference, so squares did not vanish or overflow.
+        small = np.asarray(x, np.float64) / magnitude
+        same = np.asarray(fake(jnp.asarray(small, jnp.float32), spec), np.float64)
+        error = np.sum((y / magnitude - small) ** 2)
+        # 1 %: float32 roundings may move a few values over a tie, at almost the same error.
+        assert error <= 1.01 * np.sum((same - small) ** 2)
+    # Scales lie in [2^-126, 2^126]: values may be lost below and clipped above, but not grow by
+    # more than a step.
+    step = max(2.0**-126, magnitude) * (1 if spec.format.bits > 2 else 2)
+    assert np.abs(y).max() <= magnitude + step
+
+
+@every_spec
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_sixteen_bit_extremes_stay_finite(spec, dtype):
+    x = jnp.asarray(np.linspace(-0.9, 0.9, 32).reshape(8, 4) * float(jnp.finfo(dtype).max), dtype)
+    y = fake(x, spec)
+    assert y.dtype == dtype and bool(jnp.isfinite(y).all())
+
+
+# Leaves.
 
 
 @each_function
 @pytest.mark.parametrize(
     "leaf",
     [
-        jnp.zeros((0, 4)),
-        jnp.float32(3.0),
-        np.float32(3.0),
+        np.zeros((0, 4), np.float32),
+        jnp.zeros((4, 0)),
+        np.float32(2),
+        jnp.float32(2),
+        np.arange(12).reshape(3, 4),
+        np.ones((3, 4), bool),
+        jnp.ones((3, 4), jnp.float8_e4m3fn),
+        jax.random.key(0),
+        jax.random.split(jax.random.key(0), 4),
+        jax.nn.gelu,
+        "name",
+        3,
         2.5,
-        "text",
-        jnp.arange(6).reshape(2, 3),
-        jnp.ones((2, 3), bool),
-        jnp.ones((2, 3), jnp.float8_e4m3fn),
+        object(),
     ],
-    ids=["empty", "scalar", "numpy scalar", "float", "text", "integers", "booleans", "float8"],
+    ids=lambda x: f"{type(x).__name__}-{getattr(x, 'dtype', '')}",
 )
-def test_what_can_not_be_quantized_passes_through(function, leaf):
-    params = tree(leaf)
-    assert function(params, "w8")["dense"]["kernel"] is leaf
-    assert function(params, qj.Policy([("**", "w8")]))["dense"]["kernel"] is leaf
-    assert qj.dequantize(params)["dense"]["kernel"] is leaf
+def test_leaves_that_are_no_parameters_pass_untouched(function, leaf):
+    params = {"kernel": leaf, "other": {"kernel": normal(8, 4)}}
+    for how in (qj.preset("w8"), qj.Policy([("**", "w8")])):
+        out = function(params, how)
+        assert out["kernel"] is leaf
+        assert out["other"]["kernel"] is not params["other"]["kernel"]
+        assert how.resolve(params)["kernel"].reason
+    assert qj.dequantize(params)["kernel"] is leaf
 
 
-def test_an_empty_tree_is_kept():
-    assert qj.quantize({}, "w8") == {}
+def test_empty_trees_and_bare_arrays():
+    assert qj.quantize({}, "w8") == {} and qj.quantize(None, "w8") is None
     assert qj.quantize({"a": None}, "w8") == {"a": None}
+    assert isinstance(qj.quantize(normal(8, 4), "w8"), qj.QTensor)
+    assert "axes assumed" in qj.preset("w8").resolve(normal(8, 4))[""].reason
 
 
 @each_function
 def test_a_block_of_another_rank_names_the_leaf(function):
-    policy = qj.Policy([("**", QuantSpec(format=IntFormat(8), block=(2, 2, 2)))])
+    wide = qj.Policy([("**", QuantSpec(format=IntFormat(8), block=(2, 2, 2)))])
     with pytest.raises(ValueError, match=r"dense/kernel: block \(2, 2, 2\) .* rank 3 != 2"):
-        function(tree(jnp.ones((4, 4))), policy)
+        function(tree(jnp.ones((4, 4))), wide)
+    flat = qj.Policy([("**", QuantSpec(format=IntFormat(8), block=(1, 64)))])
+    with pytest.raises(ValueError, match=r"^dense/kernel: block \(1, 64\) does not fit .*2 != 1"):
+        function(tree(jnp.ones(4)), flat)
 
 
 @pytest.mark.parametrize("name", ["w4g5", "w4g64", "mxfp4"])
@@ -99,30 +206,35 @@ def test_a_group_that_does_not_divide_has_a_short_last_block(name):
     np.testing.assert_allclose(qj.dequantize(q)[last:], alone, rtol=1e-6)
 
 
+def test_a_group_larger_than_the_axis_is_the_axis():
+    x, int4 = normal(8, 4), IntFormat(4)
+    whole = fake(x, QuantSpec(format=int4))
+    np.testing.assert_array_equal(fake(x, QuantSpec(format=int4, group=1000)), whole)
+
+
 @pytest.mark.parametrize("bits", [0, 9, -1, 2.5])
 def test_bits_beyond_the_range_are_refused(bits):
-    # Checked by the type where annotations are enforced, by the value elsewhere.
-    with pytest.raises(ValueError, match=r"bits"):
+    with pytest.raises(ValueError, match="bits"):
         IntFormat(bits)
-
-
-def test_float64_is_computed_and_returned_as_float32():
-    x = np.random.default_rng(0).normal(size=(8, 4))
-    policy = qj.preset("w8")
-    assert "float64" in policy.resolve(tree(x))["dense/kernel"].reason
-    q = qj.quantize(tree(x), policy)
-    assert q["dense"]["kernel"].dtype == np.float32
-    single = qj.quantize(tree(x.astype(np.float32)), policy)
-    np.testing.assert_array_equal(q["dense"]["kernel"].qvalue, single["dense"]["kernel"].qvalue)
 
 
 def test_an_array_that_is_there_twice_is_quantized_twice():
     x = jnp.arange(8.0).reshape(4, 2)
     q = qj.quantize({"a": {"kernel": x}, "b": {"kernel": x}}, "w8")
-    np.testing.assert_array_equal(q["a"]["kernel"].qvalue, q["b"]["kernel"].qvalue)
+    assert q["a"]["kernel"] is not q["b"]["kernel"]
+    jax.tree.map(np.testing.assert_array_equal, q["a"], q["b"])
     mixed = qj.quantize({"a": {"kernel": x}, "b": {"kernel": x}}, qj.Policy([("a/**", "w8")]))
     assert isinstance(mixed["a"]["kernel"], qj.QTensor)
     assert mixed["b"]["kernel"] is x
+
+
+def test_numpy_arrays_are_parameters():
+    q = qj.quantize({"kernel": np.asarray(normal(8, 4))}, "w8")["kernel"]
+    expected = fake(normal(8, 4), preset_spec("w8"))
+    np.testing.assert_array_equal(affine.dequantize_array(q), expected)
+
+
+# Arguments.
 
 
 @each_function
@@ -153,3 +265,94 @@ def test_fake_quantize_has_no_activations():
 def test_weights_for_unknown_parameters_are_refused():
     with pytest.raises(ValueError, match=r"weights= names parameters .*'other'"):
         qj.quantize(tree(jnp.ones((4, 2))), "w2", weights={"other": jnp.ones(2)})
+
+
+# 64 bits.
+
+
+def test_a_float64_leaf_becomes_float32_and_says_so():
+    x = np.random.default_rng(0).normal(size=(8, 4))
+    reason = qj.preset("w4").resolve({"kernel": x})["kernel"].reason
+    assert "float64, computed and returned as float32" in reason
+    q = qj.quantize({"kernel": x}, "w4")["kernel"]
+    assert q.dtype == np.float32 and q.scale.dtype == jnp.float32
+    expected = fake(jnp.asarray(x, jnp.float32), preset_spec("w4"))
+    np.testing.assert_array_equal(affine.dequantize_array(q), expected)
+
+
+@every_spec
+def test_x64_changes_no_bit(spec):
+    x = normal(8, 4)
+    plain = qj.quantize({"kernel": x}, policy(spec))["kernel"]
+    with jax.enable_x64(True):
+        double = jnp.asarray(np.asarray(x, np.float64))
+        assert double.dtype == jnp.float64
+        assert "float64" in policy(spec).resolve({"kernel": double})["kernel"].reason
+        q = qj.quantize({"kernel": double}, policy(spec))["kernel"]
+        faked, back = fake(double, spec), affine.dequantize_array(q)
+        assert faked.dtype == back.dtype == jnp.float32
+    for a, b in zip(jax.tree.leaves(q), jax.tree.leaves(plain), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(back, affine.dequantize_array(plain))
+    np.testing.assert_array_equal(faked, back)
+
+
+def test_stochastic_rounding_under_x64(key):
+    spec = QuantSpec(format=IntFormat(4), rounding=qj.Rounding.STOCHASTIC)
+    plain = fake(normal(8, 4), spec, key=key)
+    with jax.enable_x64(True):
+        np.testing.assert_array_equal(fake(normal(8, 4), spec, key=key), plain)
+
+
+# Importing.
+
+RUN = """
+import importlib.abc, sys, time
+
+class Block(importlib.abc.MetaPathFinder):
+    names = {"flax", "optax", "tensorflow", "equinox", "haiku", "orbax", "matplotlib", "sklearn",
+             "beartype", "hypothesis", "tyro", "rich", "pandas", "torch", "tensorflow_datasets"}
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in self.names:
+            raise ModuleNotFoundError(f"{name} is not a run-time dependency", name=name)
+
+sys.meta_path.insert(0, Block())
+import jax
+start = time.process_time()
+import quantjax
+took = time.process_time() - start
+try:
+    from jax._src import xla_bridge
+    backends = len(xla_bridge._backends)
+except (ImportError, AttributeError):
+    backends = 0  # where JAX keeps them is its own business
+print(took, backends)
+tree = {"kernel": jax.numpy.ones((4, 4))}
+y = quantjax.dequantize(quantjax.quantize(tree, "w8"))
+assert y["kernel"].shape == (4, 4)
+"""
+
+
+def test_import_is_fast_starts_no_backend_and_needs_run_time_dependencies_alone():
+    times = []
+    while len(times) < 3 and min(times, default=9.0) >= 1.0:  # again if others disturbed it
+        done = subprocess.run([sys.executable, "-c", RUN], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        took, backends = done.stdout.split()
+        assert int(backends) == 0
+        times.append(float(took))
+    assert min(times) < 1.0  # seconds of processor time after `import jax`
+
+
+@pytest.mark.parametrize("observer", [qj.absmax(), qj.minmax(), qj.mse(), qj.percentile(99.9)])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_one_bad_value_in_a_large_array_is_seen(observer, bad):
+    # XLA on CPU drops NaN from the maximum of 4096 elements or more (openxla/xla#21461 is near).
+    x = np.ones((128, 64), np.float32)
+    x[3, 5] = bad
+    policy = qj.Policy([("kernel", qj.QuantSpec(format=qj.IntFormat(8), observer=observer))])
+    with pytest.raises(ValueError, match="kernel"):
+        qj.quantize({"kernel": x}, policy)
+    scale = jax.jit(lambda p: qj.quantize(p, policy))({"kernel": x})["kernel"].scale[0]
+    np.testing.assert_array_equal(np.isnan(scale), np.arange(64) == 5)
