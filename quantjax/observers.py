@@ -52,7 +52,21 @@ def _reduce(function, x: Blocked, values: jax.Array, fill: float) -> Float[Array
 
 
 def _min_max(x: Blocked) -> Range:
-    return _reduce(jnp.min, x, x.values, np.inf), _reduce(jnp.max, x, x.values, -np.inf)
+    low = _reduce(jnp.min, x, x.values, np.inf)
+    poison = _poison(x)
+    return low + poison, _reduce(jnp.max, x, x.values, -np.inf) + poison
+
+
+def _poison(x: Blocked) -> Float[Array, "*b"]:
+    """0 per block, or NaN where the block holds NaN or infinity: XLA on CPU drops NaN from the
+    minimum and maximum of a larger array, but not from a sum. A finite plain sum settles it, in
+    a fast pass; only where it is not finite, which overflow too may cause, do products tell."""
+    total = _reduce(jnp.sum, x, x.values, 0.0)
+    return lax.cond(
+        jnp.isfinite(total).all(),
+        lambda: jnp.zeros_like(total),
+        lambda: _reduce(jnp.sum, x, x.values * np.float32(0), 0.0),
+    )
 
 
 def _magnitude(x: Blocked) -> Float[Array, "*b"]:
@@ -121,7 +135,7 @@ class _Percentile:
     def update(self, state: Any, x: Blocked, grid: Grid, weights: Any = None) -> Any:
         values = jnp.abs(x.values) if grid.symmetric else x.values
         # NaN marks the places that are no elements; elements that are not finite must not pass.
-        poison = _reduce(jnp.sum, x, values * np.float32(0), 0.0)
+        poison = _poison(x)
         if x.valid is not None:
             values = jnp.where(x.valid, values, np.float32(np.nan))
         take = jnp.quantile if x.valid is None else jnp.nanquantile
