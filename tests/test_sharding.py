@@ -4,20 +4,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import quantjax as qj
 from quantjax.formats import Codebook, IntFormat, e4m3, ternary
 from quantjax.spec import Granularity, QuantSpec
 
-P = PartitionSpec
 SHAPE = (64, 32)
 NAME = "mlp/kernel"
 # Two meshes of the eight devices: 'n', or 'x' by 'y'.
 MESHES = {"line": ((8,), ("n",)), "grid": ((4, 2), ("x", "y"))}
 
-# id: (policy, mesh, how the array is cut)
-# The search over ranges is compiled anew for every mesh, so most ranges here are absmax.
+# Policy, mesh, how the array is cut. Ranges are absmax, as searches take long to compile.
 INT4, INT3 = IntFormat(4), IntFormat(3)
 CASES = {
     "w8 column": (QuantSpec(format=IntFormat(8)), "line", P(None, "n")),
@@ -31,7 +30,6 @@ CASES = {
         P("x", None),
     ),
 }
-each_case = pytest.mark.parametrize("case", CASES)
 
 
 @pytest.fixture(params=[AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
@@ -77,7 +75,7 @@ def assert_lies_as(leaf: jax.Array, source: jax.Array):
         assert part * (total // local) == n
 
 
-@each_case
+@pytest.mark.parametrize("case", CASES)
 def test_shards_give_the_numbers_of_the_whole_where_they_lie(case, kind):
     spec, mesh, cut = CASES[case]
     policy, x = policy_of(spec), sample()
