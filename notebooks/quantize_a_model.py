@@ -265,7 +265,7 @@ BITS = (2, 3, 4, 6, 8)
 GRANULARITIES = {
     "tensor": {"block": Granularity.TENSOR},
     "channel": {"block": Granularity.CHANNEL},
-    "group 16": {"group": 16},
+    "group of 16": {"group": 16},
 }
 OBSERVERS = {"absmax": qj.absmax(), "percentile 99": qj.percentile(99), "mse": qj.mse()}
 
@@ -320,7 +320,7 @@ for g_name, granularity in GRANULARITIES.items():
 
 for cell, (accuracies, _, _) in metrics.items():
     print(
-        f"{cell[0]:9} {cell[1]:14}",
+        f"{cell[0]:11} {cell[1]:14}",
         *(f"{b}b {a:6.1%}  " for b, a in zip(BITS, accuracies, strict=True)),
     )
 
@@ -356,6 +356,12 @@ for axis, i in zip(axes, low, strict=True):
 figure.suptitle(f"held-out cross-entropy (float32: {float_loss:.2f})")
 plt.show()
 
+# %% [markdown]
+# From 4 bits on little is left to choose. Below, finer scales and clipping help. But the error of
+# the weights is not the error of the model: at 2 bits the search has the highest SNR in every
+# column, and yet not always the lowest loss, as the table of this run shows. There, look at the
+# loss itself, or train through the rounding as above.
+
 # %%
 snr = {cell: values[2] for cell, values in metrics.items()}
 
@@ -364,9 +370,10 @@ np.testing.assert_allclose(snr["channel", "absmax"][BITS.index(4)], check[2], at
 assert all(accuracies[-1] > float_accuracy - 0.01 for accuracies, _, _ in metrics.values())
 for g_name in GRANULARITIES:  # the search starts from absmax; 0.01 dB is for float32 sums
     assert (snr[g_name, "mse"] >= snr[g_name, "absmax"] - 0.01).all()
+    assert snr[g_name, "mse"][0] == max(snr[g_name, o_name][0] for o_name in OBSERVERS)
 for o_name in ("absmax", "mse"):
     assert (snr["channel", o_name] > snr["tensor", o_name]).all()
-    assert (snr["group 16", o_name] > snr["channel", o_name]).all()
+    assert (snr["group of 16", o_name] > snr["channel", o_name]).all()
 gain = snr["tensor", "mse"] - snr["tensor", "absmax"]
 assert gain[0] > gain[2] > gain[-1]
 print("dB gained by the search, one scale per tensor:")
