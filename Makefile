@@ -48,6 +48,8 @@ endef
 
 # $(call install,venv,python) makes the environment, or brings it up to date. Only a finished
 # one holds the stamp, with the path it was made for; a broken, half-made or moved one is made anew.
+# Packages that come as source alone (promise, of tensorflow-datasets) need setuptools, which
+# Python 3.12 and later no longer bring; an old one lacks bdist_wheel.
 define install
 set -e; \
 if ! $(call ready,$(1)); then \
@@ -57,7 +59,7 @@ if ! $(call ready,$(1)); then \
   "$(2)" -m venv $(1); \
 fi; \
 pip() { $(1)/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt "$$@"; }; \
-pip hatchling editables; \
+pip hatchling editables setuptools; \
 pip --no-build-isolation -e '.[qat,experiments,dev]'; \
 echo "$(CURDIR)" > $(1)/.installed
 endef
