@@ -17,6 +17,7 @@ from quantjax.kmeans import fit_levels
 from quantjax.observers import Grid, observe
 from quantjax.packing import pack, packed_axis, unpack
 from quantjax.qtensor import QTensor
+from quantjax.rounding import low_byte
 from quantjax.scales import inverse, scale_of_range
 from quantjax.spec import Granularity, QuantSpec
 
@@ -147,9 +148,9 @@ def quantize_array(
     codes = _codes(x, scales, spec.format, block, uniform)
     bits, axis = spec.format.bits, None
     if bits == 8 or codes.size == 0:
-        qvalue = codes.astype(spec.format.code_dtype)
+        qvalue = low_byte(codes, spec.format.code_dtype)
     else:
-        qvalue = (codes + np.float32(_code_offset(spec.format))).astype(jnp.uint8)
+        qvalue = low_byte(codes + np.float32(_code_offset(spec.format)), np.uint8)
         reduced = tuple(b > 1 for b in sizes(x.shape, block))
         axis = packed_axis(x.shape, x.ndim - len(block), bits, reduced)
         qvalue = pack(qvalue, bits, axis)
@@ -186,7 +187,7 @@ def dequantize_array(q: QTensor) -> jax.Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _snap(format: Format, block: Block, x, scales: Scales, uniform) -> jax.Array:
     # Integers, as they would be stored: a float code may be -0, and its value then -0 * s.
-    codes = _codes(x, scales, format, block, uniform).astype(jnp.int32)
+    codes = low_byte(_codes(x, scales, format, block, uniform), format.code_dtype)
     return _values(codes, scales, format, block, x.dtype)
 
 

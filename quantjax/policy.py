@@ -1,6 +1,7 @@
 """Which parameters are quantized, and how? Ordered patterns on key paths; presets by name."""
 
 import dataclasses
+import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from quantjax.axes import resolve_block
+from quantjax.blocks import Block
 from quantjax.formats import ExponentFormat, IntFormat, Levels, binary, e2m1, e4m3, nf4, ternary
 from quantjax.observers import mse
 from quantjax.paths import compile_pattern, named_leaves, nearest, other_collections
@@ -207,7 +209,13 @@ def _resolution(name: str, facts: Any, spec: QuantSpec | None, matched: str) -> 
     block, remark = resolve_block(name, facts.shape, spec)
     if facts.dtype == np.float64:
         remark = "; ".join(r for r in (remark, "float64, computed and returned as float32") if r)
-    return Resolution(dataclasses.replace(spec, block=block, group=None), matched, remark)
+    return Resolution(_with_block(spec, block), matched, remark)
+
+
+@functools.lru_cache(maxsize=1024)
+def _with_block(spec: QuantSpec, block: Block) -> QuantSpec:
+    """Cached, as checking a spec anew takes a good part of the time of quantizing a small leaf."""
+    return dataclasses.replace(spec, block=block, group=None)
 
 
 def _spared(name: str, facts: Any, spec: QuantSpec | None, collections: frozenset[str]) -> str:

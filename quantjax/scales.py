@@ -3,6 +3,7 @@ Jacob et al. 2018, arXiv:1712.05877, section 2; OCP Microscaling Formats v1.0, s
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float
 
 from quantjax.formats import ExponentFormat, Format, IntFormat
@@ -16,9 +17,12 @@ def inverse(scale: Float[Array, "*b"]) -> Float[Array, "*b"]:
 
     Codes are round(x * S), not round(x / scale): XLA rewrites divisions (by constants, of
     quotients) in one program and not in another, and never a product, so this is what is equal
-    bit for bit eager, jitted and on every backend.
+    bit for bit eager, jitted and on every backend. The barrier hides the division from such
+    rewriting. It stands last, as XLA would repeat what follows it for every element.
     """
-    return jnp.where(scale == 0, np.float32(0), np.float32(1) / scale)
+    return lax.optimization_barrier(
+        np.float32(1) / jnp.where(scale == 0, np.float32(np.inf), scale)
+    )
 
 
 def scale_of_range(

