@@ -24,6 +24,8 @@ LABEL = {
     "fine-tuned": "fine-tuned",
 }
 
+ZOOM = 4  # points of accuracy in the second panel
+
 
 def article_figures(payload: Mapping[str, Any], folder: Path, name: str) -> list[Path]:
     """Draws all figures of one result; returns their files."""
@@ -50,44 +52,55 @@ def _series(payload: Mapping[str, Any], method: str) -> list[Mapping[str, Any]]:
     return sorted(rows, key=lambda row: PLACE[row["format"]])
 
 
-def _accuracy_axes(payload: Mapping[str, Any]):
-    figure, axes = plt.subplots(figsize=(6.4, 4.2))
+def _accuracy_panels(payload: Mapping[str, Any]):
+    """Two panels side by side: the whole range, and the last few points below float."""
+    figure, panels = plt.subplots(1, 2, figsize=(10.4, 4.2))
     top = payload["summary"]["float"]["accuracy"]["mean"] * 100
-    axes.axhline(top, color="0.3", linewidth=1, label=f"float32 ({top:.2f} %)")
     seeds = len(payload["config"]["seeds"])
     noun = "seed" if seeds == 1 else "seeds, mean ± sd"
-    axes.set(ylabel="test accuracy, %", title=f"{payload['config']['dataset']}, {seeds} {noun}")
-    axes.grid(alpha=0.25)
-    return figure, axes
+    figure.suptitle(f"{payload['config']['dataset']}, {seeds} {noun}", fontsize=11)
+    for axes in panels:
+        axes.axhline(top, color="0.3", linewidth=1, label=f"float32 ({top:.2f} %)")
+        axes.grid(alpha=0.25)
+    panels[0].set(ylabel="test accuracy, %")
+    panels[1].set_ylim(top - ZOOM, top + ZOOM / 6)
+    panels[1].set_title(f"the last {ZOOM} points", fontsize=10)
+    return figure, panels
 
 
 def accuracy_against_bits(payload: Mapping[str, Any]):
     """Test accuracy over bits per weight, one line per kind of scale, float as a line."""
-    figure, axes = _accuracy_axes(payload)
-    for method, style in STYLE.items():
-        rows = _series(payload, method)
-        if rows:
-            x = [PLACE[row["format"]] for row in rows]
-            _errorbar(axes, x, rows, method, style)
-    axes.set_xticks(list(PLACE.values()), ["1", "ternary", *map(str, range(2, 9))])
-    axes.tick_params(axis="x", labelsize=8)
-    axes.set_xlabel("bits of a weight (every layer quantized, biases float)")
-    axes.legend(loc="lower right")
+    figure, panels = _accuracy_panels(payload)
+    for axes in panels:
+        for method, style in STYLE.items():
+            rows = _series(payload, method)
+            if rows:
+                x = [PLACE[row["format"]] for row in rows]
+                _errorbar(axes, x, rows, method, style)
+        axes.set_xticks(list(PLACE.values()), ["1", "\nternary", *map(str, range(2, 9))])
+        axes.tick_params(axis="x", labelsize=8)
+        axes.set_xlabel("bits of a weight (every layer quantized, biases float)")
+    panels[0].legend(loc="lower right", fontsize=9)
     return figure
 
 
 def accuracy_against_size(payload: Mapping[str, Any]):
     """Test accuracy over the size of the file; ternary takes the room of 2 bits: left out."""
-    figure, axes = _accuracy_axes(payload)
-    for method, style in STYLE.items():
-        rows = [row for row in _series(payload, method) if row["format"] != "ternary"]
-        if rows:
-            _errorbar(axes, [row["bytes"]["mean"] / 1000 for row in rows], rows, method, style)
-    size = payload["summary"]["float"]["bytes"]["mean"] / 1000
-    axes.plot([size], [payload["summary"]["float"]["accuracy"]["mean"] * 100], "k*", markersize=10)
-    axes.set_xscale("log")
-    axes.set_xlabel("size of the file, kB (log)")
-    axes.legend(loc="lower right")
+    figure, panels = _accuracy_panels(payload)
+    top = payload["summary"]["float"]
+    for axes in panels:
+        for method, style in STYLE.items():
+            rows = [row for row in _series(payload, method) if row["format"] != "ternary"]
+            if rows:
+                _errorbar(axes, [row["bytes"]["mean"] / 1000 for row in rows], rows, method, style)
+        size = top["bytes"]["mean"] / 1000
+        axes.plot([size], [top["accuracy"]["mean"] * 100], "k*", markersize=10)
+        axes.set_xscale("log")
+        ticks = [n for n in (5, 10, 20, 50, 100, 200, 500, 1000) if size / 40 <= n <= 1.1 * size]
+        axes.set_xticks(ticks, map(str, ticks))
+        axes.minorticks_off()
+        axes.set_xlabel("size of the file, kB (log)")
+    panels[0].legend(loc="lower right", fontsize=9)
     return figure
 
 
@@ -141,10 +154,11 @@ def weight_histograms(payload: Mapping[str, Any]):
         axes.tick_params(labelsize=7)
     first = np.atleast_1d(rows)[0]
     first.set_ylabel("weights in the bin (log)")
-    first.legend(fontsize=8)
     figure.suptitle(
         f"{payload['config']['dataset']}: weights before and after, one scale per layer",
         fontsize=11,
     )
     figure.tight_layout()
+    handles = first.get_legend_handles_labels()
+    figure.legend(*handles, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2, fontsize=9)
     return figure

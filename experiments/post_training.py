@@ -18,9 +18,7 @@ import quantjax as qj
 from experiments.data import Dataset
 from experiments.output_scales import second_moments, with_output_scales
 from experiments.train import evaluate
-from quantjax.formats import Levels
 from quantjax.policy import preset_spec
-from quantjax.spec import Granularity
 
 FORMATS = ("w8", "w7", "w6", "w5", "w4", "w3", "w2", "ternary", "w1")
 OBSERVERS: dict[str, qj.Observer] = {"absmax": qj.absmax(), "mse": qj.mse()}
@@ -84,7 +82,8 @@ def policy(
     the levels of the preset, or the whole range of the integers."""
     spec = dataclasses.replace(preset_spec(name), observer=observer)
     if full:
-        spec = dataclasses.replace(spec, format=qj.IntFormat(spec.format.bits, levels=Levels.FULL))
+        grid = qj.IntFormat(spec.format.bits, levels=qj.Levels.FULL)
+        spec = dataclasses.replace(spec, format=grid)
     rules = [("**/kernel", spec), ("bn*/scale", spec), ("bn*/bias", spec)]
     if biases:
         rules.append(("**/bias", spec))
@@ -153,7 +152,7 @@ def sweep_scale(judge: Judge, params: Any, bits: int = 4) -> dict[str, Any]:
     """Accuracy and error as S = f * S_absmax varies, one S per layer, at fixed bits.
 
     Larger S: finer steps, more weights clipped. Also where each observer puts S, per layer."""
-    spec = dataclasses.replace(preset_spec(f"w{bits}"), block=Granularity.TENSOR)
+    spec = dataclasses.replace(preset_spec(f"w{bits}"), block=qj.Granularity.TENSOR)
     base = _per_tensor(params, spec, qj.absmax())
     points = []
     for factor in SWEEP:
@@ -214,7 +213,7 @@ def _relative_error(params: Any, quantized: Any) -> float:
 
 def weight_histograms(params: Any, bits: int = 4, bins: int = 81) -> dict[str, Any]:
     """Counts of every layer's weights before and after quantization, over common edges."""
-    spec = dataclasses.replace(preset_spec(f"w{bits}"), block=Granularity.TENSOR)
+    spec = dataclasses.replace(preset_spec(f"w{bits}"), block=qj.Granularity.TENSOR)
     quantized = qj.dequantize(_per_tensor(params, spec, qj.mse()))
     out = {}
     for name, w in _layers(params).items():

@@ -37,7 +37,6 @@ from sklearn.datasets import load_digits
 import quantjax as qj
 from quantjax.affine import fake_quantize_levels
 from quantjax.blocks import spread
-from quantjax.spec import Granularity
 
 SEED = 0
 plt.rcParams.update({"figure.dpi": 80, "axes.grid": True, "grid.alpha": 0.3})
@@ -263,8 +262,8 @@ np.testing.assert_allclose(restored(held_x), linen_logits, rtol=1e-3, atol=1e-3)
 # %%
 BITS = (2, 3, 4, 6, 8)
 GRANULARITIES = {
-    "tensor": {"block": Granularity.TENSOR},
-    "channel": {"block": Granularity.CHANNEL},
+    "tensor": {"block": qj.Granularity.TENSOR},
+    "channel": {"block": qj.Granularity.CHANNEL},
     "group of 16": {"group": 16},
 }
 OBSERVERS = {"absmax": qj.absmax(), "percentile 99": qj.percentile(99), "mse": qj.mse()}

@@ -1,11 +1,11 @@
 """quantjax: compress JAX models by quantizing their parameter trees."""
 
-from quantjax.formats import Codebook, FloatFormat, IntFormat
+from quantjax.formats import Codebook, FloatFormat, IntFormat, Levels
 from quantjax.observers import Observer, absmax, ema, minmax, mse, percentile
 from quantjax.policy import Policy, preset
 from quantjax.qtensor import QTensor
 from quantjax.rounding import Rounding
-from quantjax.spec import QuantSpec
+from quantjax.spec import Granularity, QuantSpec
 from quantjax.storage import load, save
 from quantjax.summary import summary
 from quantjax.transform import dequantize, fake_quantize, quantize
@@ -13,7 +13,9 @@ from quantjax.transform import dequantize, fake_quantize, quantize
 __all__ = [
     "Codebook",
     "FloatFormat",
+    "Granularity",
     "IntFormat",
+    "Levels",
     "Observer",
     "Policy",
     "QTensor",

@@ -16,14 +16,14 @@ Block = tuple[int | None, ...]
 
 
 def sizes(shape: tuple[int, ...], block: Block) -> tuple[int, ...]:
-    """The block's length on every axis of `shape`, None resolved, 1 on the leading axes.
+    """The block's length on every axis of `shape`, None resolved, 1 on leading and empty axes.
 
     >>> sizes((6, 100, 32), (64, 1)), sizes((100, 32), (None, 1))
     ((1, 64, 1), (100, 1))
     """
     lead = len(shape) - len(block)
     whole = [n if b is None else min(b, n) for n, b in zip(shape[lead:], block, strict=True)]
-    return (1,) * lead + tuple(whole)
+    return (1,) * lead + tuple(max(n, 1) for n in whole)
 
 
 def counts(shape: tuple[int, ...], block: Block) -> tuple[int, ...]:

@@ -162,11 +162,10 @@ class Policy:
             if found is not None:
                 out.append((name, _resolution(name, facts, found[1], found[0])))
                 continue
-            why = _spared(name, facts, self.otherwise, spared)
-            spec = None if why else self.otherwise
-            label = self.otherwise_name
-            if self.otherwise is None:
-                why, label = "no pattern matches", ""
+            why = "no pattern matches"
+            if self.otherwise is not None:
+                why = _spared(name, facts, self.otherwise, spared)
+            spec, label = (None, "") if why else (self.otherwise, self.otherwise_name)
             resolution = _resolution(name, facts, spec, label)
             if spec is None and not _unfit(facts):
                 resolution = dataclasses.replace(resolution, reason=why)

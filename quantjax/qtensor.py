@@ -83,7 +83,9 @@ class QTensor:
 
     def __repr__(self) -> str:
         block = "x".join("all" if b is None else str(b) for b in self.block)
-        return f"QTensor({self.format}, shape={self.shape}, block={block}, dtype={self.dtype})"
+        # JAX prints trees whose leaves are placeholders, such as the axes of vmap.
+        shape = self.shape if hasattr(self.qvalue, "shape") else "?"
+        return f"QTensor({self.format}, shape={shape}, block={block}, dtype={self.dtype})"
 
 
 def is_qtensor(x: object) -> bool:
