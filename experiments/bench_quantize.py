@@ -5,8 +5,10 @@ Result: results/bench_quantize.json. Qwix and torchao are timed beside where the
 One process, interleaved rounds, warmed up, every result waited for; medians and ratios to the
 jitted `x.astype(int8)` of the same run. Peak memory is measured in a process of its own."""
 
+import ctypes
 import dataclasses
 import functools
+import gc
 import importlib.metadata
 import importlib.util
 import statistics
@@ -47,9 +49,9 @@ class Config:
 def make_tree(case: str) -> dict[str, dict[str, jax.Array]]:
     """Standard normal kernels."""
     count, rows, columns = CASES[case]
-    rng = np.random.default_rng(0)
-    block = rng.standard_normal((rows, columns), np.float32)
-    return {f"layer{i}": {"kernel": jnp.asarray(block + np.float32(i))} for i in range(count)}
+    block = jax.random.normal(jax.random.key(0), (rows, columns))
+    # Sums are XLA's own buffers; an array of NumPy's may be shared, and copied when first used.
+    return {f"layer{i}": {"kernel": block + np.float32(i)} for i in range(count)}
 
 
 def candidates(tree: Any) -> dict[str, Callable[[], Any]]:
@@ -69,6 +71,7 @@ def candidates(tree: Any) -> dict[str, Callable[[], Any]]:
 
 def _qwix(tree: Any) -> dict[str, Callable[[], Any]]:
     from qwix._src.core import qarray
+    from qwix._src.providers import ptq
 
     found: dict[str, Callable[[], Any]] = {}
     for name, qtype, tile in (
@@ -77,8 +80,10 @@ def _qwix(tree: Any) -> dict[str, Callable[[], Any]]:
     ):
         tiled = {0: tile} if tile else {}
         how = qarray.HowToQuantize(qtype=qtype, channelwise_axes=(1,), tiled_axes=tiled)
-        quantize = functools.partial(qarray.quantize, how=how)
-        found[f"qwix {name}"] = functools.partial(jax.tree.map, quantize, tree)
+        # What tracing its model would give: the shapes, and how each is quantized.
+        shapes = jax.eval_shape(lambda x: x, tree)
+        plan = jax.tree.map(lambda x, how=how: ptq.WithAux(x, how), shapes)
+        found[f"qwix {name}"] = functools.partial(ptq.quantize_params, tree, plan)
     return found
 
 
@@ -121,14 +126,18 @@ def peak_bytes(case: str, how: str) -> int | None:
 
 
 def print_peak(case: str, how: str) -> None:
-    """The child's part of `peak_bytes`: Linux keeps a high-water mark that can be reset."""
+    """The child's part of `peak_bytes`: Linux keeps a high-water mark that can be reset. One leaf
+    is quantized before, so that imports and compilation do not count."""
     tree = make_tree(case)
-    small = jax.tree.map(lambda x: x[:128], tree)
-    candidates(small)[how]()  # imports and allocators, not compiled code for the real shape
     jax.block_until_ready(tree)
+    first = dict([next(iter(tree.items()))])
+    jax.block_until_ready(candidates(first)[how]())
+    call = candidates(tree)[how]
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
-    jax.block_until_ready(candidates(tree)[how]())
+    jax.block_until_ready(call())
     print(_status("VmHWM") - before)
 
 
