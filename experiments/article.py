@@ -70,7 +70,7 @@ def settings(config: Config) -> Settings:
     optimizer = config.optimizer or ("momentum" if small else "adam")
     epochs = 10 if optimizer == "sgd" else 30 if small else 3 if config.dataset == "mnist" else 6
     rate = {"momentum": 0.05, "sgd": 0.01, "adam": 1e-3}[optimizer]
-    tuning = 20 if small else 1 if config.dataset == "mnist" else 2
+    tuning = 20 if small else 2 if config.dataset == "mnist" else 4
     return Settings(
         optimizer=optimizer,
         epochs=epochs if config.epochs is None else config.epochs,
@@ -132,10 +132,11 @@ def run_seed(config: Config, chosen: Settings, seed: int) -> dict[str, Any]:
         print(article_line(row))
 
     tuned = {}
-    ft = fine_tune.FineTuneConfig(chosen.fine_tune_epochs, batch_size=chosen.batch_size)
-    for fmt in fine_tune.FORMATS if chosen.fine_tune_epochs else ():
-        console.print(f"{note}: fine-tuning through {fmt}, {ft.epochs} epochs")
-        rules = fitting(policy(fmt, qj.mse()), params)
+    ft = _fine_tuning(chosen)
+    # Training longer helps by itself: the float network is trained on as well, for comparison.
+    for fmt in ("float32", *fine_tune.FORMATS) if chosen.fine_tune_epochs else ():
+        console.print(f"{note}: fine-tuning {fmt}, {ft.epochs} epochs")
+        rules = None if fmt == "float32" else fitting(policy(fmt, qj.mse()), params)
         tuned[fmt] = fine_tune.fine_tune(
             model.apply, params, rules, data, ft,
             seed=seed, loss_fn=loss_fn, run_dir=folder / f"{fmt}-tuned",
@@ -156,6 +157,10 @@ def run_seed(config: Config, chosen: Settings, seed: int) -> dict[str, Any]:
         "stored": best,
         "histograms": post_training.weight_histograms(params),
     }
+
+
+def _fine_tuning(chosen: Settings) -> fine_tune.FineTuneConfig:
+    return fine_tune.FineTuneConfig(chosen.fine_tune_epochs, batch_size=chosen.batch_size)
 
 
 def store_best(
@@ -196,7 +201,7 @@ def main(config: Config) -> None:
     for place in ("data_dir", "out", "publish"):  # where files lie is no part of a result
         del shown[place]
     payload = {"question": (__doc__ or "").splitlines()[0], "config": shown, **environment()}
-    payload["fine_tune"] = dataclasses.asdict(fine_tune.FineTuneConfig(chosen.fine_tune_epochs))
+    payload["fine_tune"] = dataclasses.asdict(_fine_tuning(chosen))
     payload["seeds"] = [run_seed(config, chosen, seed) for seed in config.seeds]
     payload["summary"] = aggregate(payload["seeds"])
     home = Path(__file__).parent if config.publish else config.out

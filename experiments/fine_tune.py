@@ -22,8 +22,8 @@ class FineTuneConfig:
     """epochs of Adam from `learning_rate` to zero on a cosine; scales anew every
     `refresh_every` steps."""
 
-    epochs: int = 2
-    learning_rate: float = 1e-3
+    epochs: int = 4
+    learning_rate: float = 3e-3
     batch_size: int = 64
     refresh_every: int = 50
 
@@ -31,7 +31,7 @@ class FineTuneConfig:
 def fine_tune(
     apply: Callable[..., Any],
     params: Any,
-    policy: qj.Policy,
+    policy: qj.Policy | None,
     data: Dataset,
     config: FineTuneConfig,
     *,
@@ -39,7 +39,8 @@ def fine_tune(
     loss_fn: Callable[..., Any] | None = None,
     run_dir: Path | None = None,
 ) -> Any:
-    """The quantized tree after training `params` through `policy`.
+    """The quantized tree after training `params` through `policy`; with None, the float tree
+    after as much training without a quantizer.
 
     What the last step's forward pass saw is what is returned, rounded with the same scales."""
     steps = config.epochs * steps_per_epoch(len(data.train_labels), config.batch_size)
@@ -50,13 +51,13 @@ def fine_tune(
         data,
         TrainConfig(optax.adam(schedule), config.epochs, config.batch_size, seed),
         loss_fn=loss_fn,
-        transform=_through,
-        extra=qj.quantize(params, policy),
-        refresh=_refresh(policy),
+        transform=None if policy is None else _through,
+        extra=None if policy is None else qj.quantize(params, policy),
+        refresh=None if policy is None else _refresh(policy),
         refresh_every=config.refresh_every,
         run_dir=run_dir,
     )
-    return qj.quantize(result.params, like=result.extra)
+    return result.params if policy is None else qj.quantize(result.params, like=result.extra)
 
 
 def _through(params: Any, quantized: Any) -> Any:

@@ -48,7 +48,8 @@ def article_figures(payload: Mapping[str, Any], folder: Path, name: str) -> list
 
 
 def _series(payload: Mapping[str, Any], method: str) -> list[Mapping[str, Any]]:
-    rows = [row for row in payload["summary"]["rows"] if row["method"] == method]
+    summary = payload["summary"]["rows"]
+    rows = [row for row in summary if row["method"] == method and row["format"] in PLACE]
     return sorted(rows, key=lambda row: PLACE[row["format"]])
 
 

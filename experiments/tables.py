@@ -70,8 +70,10 @@ def article_markdown(
     columns = ("weights", "kB", "absmax", "weights' MSE", "outputs' MSE", "fine-tuned")
     top = summary["float"]
     size = f"{top['bytes']['mean'] / 1000:.0f}"
-    rows: list[tuple[str, ...]] = [("float32", size, mean_sd(top["accuracy"], 100), "", "", "")]
-    for name in dict.fromkeys(row["format"] for row in summary["rows"]):
+    control = _lost(by_name.pop(("float32", "fine-tuned"), None))
+    first = ("float32", size, mean_sd(top["accuracy"], 100), "", "", control)
+    rows: list[tuple[str, ...]] = [first]
+    for name in dict.fromkeys(name for name, _ in by_name):
         cells = [_lost(by_name.get((name, method))) for method in METHODS]
         size = f"{by_name[name, 'absmax']['bytes']['mean'] / 1000:.0f}"
         rows.append((name, size, *cells))

@@ -312,7 +312,8 @@ import importlib.abc, sys, time
 
 class Block(importlib.abc.MetaPathFinder):
     names = {"flax", "optax", "tensorflow", "equinox", "haiku", "orbax", "matplotlib", "sklearn",
-             "beartype", "hypothesis", "tyro", "rich", "pandas", "torch", "tensorflow_datasets"}
+             "beartype", "hypothesis", "tyro", "rich", "pandas", "torch", "tensorflow_datasets",
+             "safetensors"}
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in self.names:
             raise ModuleNotFoundError(f"{name} is not a run-time dependency", name=name)

@@ -8,7 +8,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import quantjax as qj
-from quantjax.formats import Codebook, IntFormat, e4m3, ternary
+from quantjax.formats import Codebook, IntFormat, binary, e4m3, ternary
 from quantjax.spec import Granularity, QuantSpec
 
 SHAPE = (64, 32)
@@ -23,6 +23,9 @@ CASES = {
     "w4 row": (QuantSpec(format=INT4, group=8), "line", P("n", None)),
     "w3 row": (QuantSpec(format=INT3, group=8), "line", P("n")),
     "ternary column": (QuantSpec(format=ternary), "grid", P(None, ("x", "y"))),
+    "binary column": (QuantSpec(format=binary), "line", P(None, "n")),
+    "fp8 column": ("fp8", "line", P(None, "n")),
+    "nf4 row": ("nf4g16", "grid", P("x", None)),
     "mxfp4 both": ("mxfp4", "grid", P("y", "x")),
     "asymmetric": (
         QuantSpec(format=INT4, symmetric=False, observer=qj.minmax(), group=16),

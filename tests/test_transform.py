@@ -211,3 +211,10 @@ def test_dequantize_leaves_floats_alone():
     p = net()
     d = qj.dequantize(p)
     assert all(a is b for a, b in zip(jax.tree.leaves(d), jax.tree.leaves(p), strict=True))
+
+
+def test_a_tree_of_placeholders_prints():
+    q = qj.quantize(net(), "w4")
+    axes = jax.tree.map(lambda _: 0, q)  # as for vmap
+    assert "QTensor(int4, shape=?" in repr(axes)
+    assert "shape=(8, 5)" in repr(q["head"]["kernel"])
