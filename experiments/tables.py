@@ -62,9 +62,10 @@ METHODS = ("absmax", "mse", "output", "fine-tuned")
 
 
 def article_markdown(
-    payload: Mapping[str, Any],
+    payload: Mapping[str, Any], sgd: Mapping[str, Any] | None = None
 ) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """The README's table: a row per format, accuracy (and points lost) per kind of scales."""
+    """The README's table: a row per format, accuracy (and points lost) per kind of scales; the
+    float network of another run, with the article's optimizer, as the second row."""
     summary = payload["summary"]
     by_name = {(row["format"], row["method"]): row for row in summary["rows"]}
     columns = ("weights", "kB", "absmax", "weights' MSE", "outputs' MSE", "fine-tuned")
@@ -73,6 +74,9 @@ def article_markdown(
     control = _lost(by_name.pop(("float32", "fine-tuned"), None))
     first = ("float32", size, mean_sd(top["accuracy"], 100), "", "", control)
     rows: list[tuple[str, ...]] = [first]
+    if sgd is not None:
+        accuracy = mean_sd(sgd["summary"]["float"]["accuracy"], 100)
+        rows.append(("float32, the article's SGD", size, accuracy, "", "", ""))
     for name in dict.fromkeys(name for name, _ in by_name):
         cells = [_lost(by_name.get((name, method))) for method in METHODS]
         size = f"{by_name[name, 'absmax']['bytes']['mean'] / 1000:.0f}"
