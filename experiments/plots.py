@@ -24,7 +24,7 @@ LABEL = {
     "fine-tuned": "fine-tuned",
 }
 
-ZOOM = 4  # points of accuracy in the second panel
+ZOOM = 4  # points of accuracy below float32 in the second panel
 
 
 def article_figures(payload: Mapping[str, Any], folder: Path, name: str) -> list[Path]:
@@ -54,7 +54,7 @@ def _series(payload: Mapping[str, Any], method: str) -> list[Mapping[str, Any]]:
 
 
 def _accuracy_panels(payload: Mapping[str, Any]):
-    """Two panels side by side: the whole range, and the last few points below float."""
+    """Two panels side by side: the whole range, and from a few points below float upwards."""
     figure, panels = plt.subplots(1, 2, figsize=(10.4, 4.2))
     top = payload["summary"]["float"]["accuracy"]["mean"] * 100
     seeds = len(payload["config"]["seeds"])
@@ -64,8 +64,16 @@ def _accuracy_panels(payload: Mapping[str, Any]):
         axes.axhline(top, color="0.3", linewidth=1, label=f"float32 ({top:.2f} %)")
         axes.grid(alpha=0.25)
     panels[0].set(ylabel="test accuracy, %")
-    panels[1].set_ylim(top - ZOOM, top + ZOOM / 6)
-    panels[1].set_title(f"the last {ZOOM} points", fontsize=10)
+    rows = payload["summary"]["rows"]
+    best = max(row["accuracy"]["mean"] + row["accuracy"]["sd"] for row in rows) * 100
+    panels[1].set_ylim(top - ZOOM, max(best, top) + ZOOM / 12)
+    panels[1].set_title(f"from {ZOOM} points below float32", fontsize=10)
+    for row in rows:
+        if (row["format"], row["method"]) == ("float32", "fine-tuned"):
+            longer = row["accuracy"]["mean"] * 100
+            label = f"float32, trained as long ({longer:.2f} %)"
+            panels[1].axhline(longer, color="#2e8b57", linewidth=1, linestyle=":", label=label)
+            panels[1].legend(handles=panels[1].lines[-1:], loc="center right", fontsize=9)
     return figure, panels
 
 

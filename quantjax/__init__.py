@@ -1,6 +1,7 @@
 """quantjax: compress JAX models by quantizing their parameter trees."""
 
 from quantjax.formats import Codebook, FloatFormat, IntFormat, Levels
+from quantjax.interpret import intercept, register_rule, sites
 from quantjax.observers import Observer, absmax, ema, minmax, mse, percentile
 from quantjax.policy import Policy, preset
 from quantjax.qtensor import QTensor
@@ -25,12 +26,15 @@ __all__ = [
     "dequantize",
     "ema",
     "fake_quantize",
+    "intercept",
     "load",
     "minmax",
     "mse",
     "percentile",
     "preset",
     "quantize",
+    "register_rule",
     "save",
+    "sites",
     "summary",
 ]

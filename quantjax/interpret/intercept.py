@@ -1,0 +1,157 @@
+"""Run an unmodified function on a tree with quantized leaves: trace, then evaluate."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from quantjax.interpret.evaluate import Machine, evaluate
+from quantjax.interpret.jax_compat import Literal, open_jaxpr
+from quantjax.interpret.param import Param, param
+from quantjax.interpret.record import Place, Record, Site
+from quantjax.interpret.report import Report
+from quantjax.paths import named_leaves
+from quantjax.qtensor import QTensor, is_qtensor
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, QTensor | jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    """What the function sees of a leaf: the logical array."""
+    if isinstance(leaf, jax.Array):
+        aval = jax.typeof(leaf)
+        return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+
+
+def _run(machine: Machine, apply: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+    """apply(*args, **kwargs), evaluated by the machine; parameters are the first argument's."""
+    if not args:
+        raise TypeError("intercept: the tree of parameters is the first positional argument.")
+    tree, *others = args
+    named, tree_structure = named_leaves(tree)
+    other_leaves, other_structure = jax.tree.flatten((others, kwargs), is_leaf=is_qtensor)
+    if any(map(is_qtensor, other_leaves)):
+        raise ValueError(
+            "intercept: a QTensor outside the first argument; pass quantized parameters there."
+        )
+    leaves = [*(leaf for _, leaf in named), *other_leaves]
+    names = [name for name, _ in named] + [None] * len(other_leaves)
+    moving = [i for i, leaf in enumerate(leaves) if _is_array(leaf)]
+    out_structure = None
+
+    def flat(*arrays: Any) -> list[Any]:
+        nonlocal out_structure
+        filled = list(leaves)
+        for i, array in zip(moving, arrays, strict=True):
+            filled[i] = array
+        first = jax.tree.unflatten(tree_structure, filled[: len(named)])
+        rest, words = jax.tree.unflatten(other_structure, filled[len(named) :])
+        out, out_structure = jax.tree.flatten(apply(first, *rest, **words))
+        return out
+
+    jaxpr = jax.make_jaxpr(flat)(*(_abstract(leaves[i]) for i in moving))
+    _check_used(jaxpr, [names[i] if is_qtensor(leaves[i]) else None for i in moving])
+    values = []
+    for i in moving:
+        name = names[i]
+        values.append(leaves[i] if name is None else param(_as_leaf(leaves[i]), name))
+    out = evaluate(machine, jaxpr, values, Place())
+    assert out_structure is not None
+    return jax.tree.unflatten(
+        out_structure, [x.array() if isinstance(x, Param) else x for x in out]
+    )
+
+
+def _check_used(jaxpr: Any, names: list[str | None]) -> None:
+    """Raises ValueError if the function reads no quantized parameter, but arrays of its own."""
+    own = [c for c in jaxpr.consts if np.ndim(c) > 1]
+    jaxpr, _ = open_jaxpr(jaxpr)
+    uses = (*(v for eqn in jaxpr.eqns for v in eqn.invars), *jaxpr.outvars)
+    read = {v for v in uses if not isinstance(v, Literal)}
+    quantized = [(n, v) for n, v in zip(names, jaxpr.invars, strict=True) if n is not None]
+    if own and quantized and not any(v in read for _, v in quantized):
+        raise ValueError(
+            f"intercept: the function uses none of its {len(quantized)} quantized parameters "
+            f"({quantized[0][0]}, ...). If it closes over them, pass them as its first argument: "
+            f"intercept(lambda params, x: model(params, x))(qparams, x)."
+        )
+
+
+def _as_leaf(leaf: Any) -> Any:
+    return leaf if is_qtensor(leaf) else jnp.asarray(leaf)
+
+
+@dataclasses.dataclass(frozen=True)
+class Intercepted:
+    """`apply` on quantized parameters; see `intercept`."""
+
+    apply: Callable[..., Any]
+    strict: bool = False
+
+    def __call__(self, params: Any, /, *args: Any, **kwargs: Any) -> Any:
+        machine = Machine(Record(), self.strict)
+        return _run(machine, self.apply, (params, *args), kwargs)
+
+    def report(self, params: Any, /, *args: Any, **kwargs: Any) -> Report:
+        """How the products of a call would be computed and what would stay float, by tracing
+        alone; the arguments may be ShapeDtypeStructs."""
+        record = _record(self.apply, (params, *args), kwargs)
+        used = {site.path for site in record.sites} | {r.path for r in record.remarks}
+        rest = [name for name, leaf in named_leaves(params)[0] if _is_array(leaf)]
+        return Report(record.sites, record.remarks, tuple(n for n in rest if n not in used))
+
+
+def intercept(apply: Callable[..., Any], *, strict: bool = False) -> Intercepted:
+    """The function `apply(params, ...)` for trees whose leaves are quantized.
+
+    Traces `apply` with the logical float arrays in place of QTensors and evaluates the trace:
+    a quantized leaf stays so through transposes, reshapes and casts, jit, scan, remat, cond and
+    while, up to the product that uses it. The signature stays that of `apply`; its first argument
+    is the tree. Leaves and arguments that are not arrays are static.
+
+    Raises ValueError under `strict`, naming the parameter, where one becomes float anywhere but at
+    a product.
+
+    >>> import quantjax as qj
+    >>> apply = lambda p, x: x @ p["kernel"]
+    >>> q = qj.quantize({"kernel": jnp.array([[1.0, -2.0], [0.5, 4.0]])}, "w8")
+    >>> intercept(apply)(q, jnp.array([2.0, 0.0])).tolist()
+    [2.0, -4.0314...]
+    """
+    return Intercepted(apply, strict)
+
+
+def sites(apply: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> tuple[Site, ...]:
+    """Every product of `apply(params, *args)` that uses a parameter, found by tracing alone.
+
+    `params` may hold arrays, QTensors or ShapeDtypeStructs.
+
+    >>> apply = lambda p, x: x @ p["kernel"].T
+    >>> p = {"kernel": jax.ShapeDtypeStruct((8, 4), jnp.float32)}
+    >>> [(s.path, s.contracting, s.flops) for s in sites(apply, p, jnp.ones((2, 4)))]
+    [('kernel', (1,), 128)]
+    """
+    return _record(apply, (params, *args), kwargs).sites
+
+
+def _record(apply: Callable[..., Any], args: tuple, kwargs: dict) -> Record:
+    """What an evaluation on abstract values notes."""
+    record = Record()
+    leaves, structure = jax.tree.flatten((args, kwargs), is_leaf=is_qtensor)
+    moving = [i for i, leaf in enumerate(leaves) if _is_array(leaf)]
+
+    def traced(*arrays: Any) -> Any:
+        filled = list(leaves)
+        for i, array in zip(moving, arrays, strict=True):
+            filled[i] = array
+        rest, words = jax.tree.unflatten(structure, filled)
+        return _run(Machine(record), apply, rest, words)
+
+    jax.eval_shape(traced, *(leaves[i] for i in moving))
+    return record

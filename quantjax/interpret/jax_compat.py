@@ -1,0 +1,78 @@
+"""What of JAX changes between versions and is used here? All of it, and nowhere else.
+
+Works from jax 0.10.1 to 0.12. `jax.extend.core` is JAX's own door to jaxprs; parameters of the
+primitives are its internals."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax.extend import core
+from jax.extend.core import primitives as p
+
+JIT, SCAN, REMAT, COND, WHILE = p.jit_p.name, p.scan_p.name, p.remat_p.name, "cond", "while"
+CUSTOM_JVP, CUSTOM_VJP = p.custom_jvp_call_p.name, p.custom_vjp_call_p.name
+
+Literal = core.Literal
+Jaxpr = Any  # core.Jaxpr or core.ClosedJaxpr
+
+
+def open_jaxpr(jaxpr: Jaxpr) -> tuple[Any, Sequence[Any]]:
+    """The equations, and the constants they close over. jax < 0.12 holds a ClosedJaxpr in the
+    parameters of a call, later a Jaxpr that carries its constants."""
+    if isinstance(jaxpr, core.ClosedJaxpr):
+        return jaxpr.jaxpr, jaxpr.consts
+    return jaxpr, getattr(jaxpr, "consts", ())
+
+
+class Scan(NamedTuple):
+    """The parameters of a scan equation."""
+
+    body: Jaxpr
+    consts: int
+    carry: int
+    length: int
+    reverse: bool
+    unroll: int
+
+
+def scan_parts(params: dict[str, Any]) -> Scan:
+    """jax < 0.12 counts constants and carry; 0.12 groups them in `ft_in`."""
+    if "ft_in" in params:
+        consts, carry, _ = (len(list(group)) for group in params["ft_in"].unpack())
+    else:
+        consts, carry = params["num_consts"], params["num_carry"]
+    fixed = (params[name] for name in ("length", "reverse", "unroll"))
+    return Scan(params["jaxpr"], consts, carry, *fixed)
+
+
+def rebind(eqn: Any, args: Sequence[Any]) -> list[Any]:
+    """The equation's outputs for other inputs, custom derivatives included."""
+    out = eqn.primitive.bind(*args, **eqn.primitive.get_bind_params(eqn.params))
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def inner_jaxprs(eqn: Any) -> Iterator[Jaxpr]:
+    """The jaxprs that an equation calls."""
+    return core.jaxprs_in_params(eqn.params)
+
+
+def scope_name(eqn: Any) -> str:
+    """The framework's name of the module, relative to the enclosing call."""
+    return str(eqn.source_info.name_stack)
+
+
+@contextlib.contextmanager
+def scope(name: str) -> Iterator[None]:
+    """Names what is computed inside as the original was named."""
+    with jax.named_scope(name) if name else contextlib.nullcontext():
+        yield
+
+
+def is_plain_jit(params: dict[str, Any]) -> bool:
+    """Whether a nested jit asks for nothing but compilation, so that its body can stand for it."""
+    shardings = (*params["in_shardings"], *params["out_shardings"])
+    layouts = (*params["in_layouts"], *params["out_layouts"])
+    free = all(type(s).__name__ == "UnspecifiedValue" for s in shardings)
+    return free and all(x is None for x in layouts) and not params["compiler_options_kvs"]

@@ -1,0 +1,163 @@
+"""How does a parameter travel through a traced model? With its path, seen through transposes.
+
+A model rarely multiplies a parameter as it lies: it transposes, reshapes or casts it first. Those
+views are kept beside the stored array, so that it stays quantized up to the product."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from quantjax.affine import dequantize_array
+from quantjax.blocks import spread
+from quantjax.qtensor import QTensor
+
+Axes = tuple[tuple[int, ...], ...]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Param:
+    """A leaf of the first argument and the view of it that the model holds.
+
+    value: the leaf as stored. path: its key path. axes: for every axis of the view the axes of
+    the leaf that are merged in it, in order; an axis of length one may have none. casts: the
+    dtypes it was converted to, in turn. layers: how many leading axes scans have taken off.
+    """
+
+    value: jax.Array | QTensor
+    path: str = dataclasses.field(metadata=dict(static=True))
+    axes: Axes = dataclasses.field(metadata=dict(static=True))
+    casts: tuple[np.dtype, ...] = dataclasses.field(default=(), metadata=dict(static=True))
+    layers: int = dataclasses.field(default=0, metadata=dict(static=True))
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the leaf is a QTensor."""
+        return isinstance(self.value, QTensor)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the view."""
+        return tuple(math.prod(self.value.shape[a] for a in group) for group in self.axes)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype of the view."""
+        return self.casts[-1] if self.casts else np.dtype(self.value.dtype)
+
+    def array(self) -> jax.Array:
+        """The view as a float array."""
+        x = dequantize_array(self.value) if isinstance(self.value, QTensor) else self.value
+        order = [a for group in self.axes for a in group]
+        # Axes of length one may have been dropped; they lie anywhere.
+        order += [a for a in range(x.ndim) if a not in order]
+        x = x if order == list(range(x.ndim)) else jnp.transpose(x, order)
+        x = x if x.shape == self.shape else jnp.reshape(x, self.shape)
+        for dtype in self.casts:
+            x = x.astype(dtype)
+        return x
+
+
+def param(value: jax.Array | QTensor, path: str) -> Param:
+    """A leaf as it lies."""
+    return Param(value, path, tuple((a,) for a in range(value.ndim)))
+
+
+def transposed(x: Param, permutation: Sequence[int]) -> Param:
+    """The view after `lax.transpose`."""
+    return dataclasses.replace(x, axes=tuple(x.axes[a] for a in permutation))
+
+
+def reshaped(x: Param, shape: Sequence[int]) -> Param | None:
+    """The view after `lax.reshape` where axes are merged, split again or of length one; None
+    where an axis of the leaf would be cut."""
+    singles = [a for group in x.axes for a in group]
+    lengths = [x.value.shape[a] for a in singles]
+    axes, at = [], 0
+    for n in shape:
+        group, have = [], 1
+        while have < n and at < len(singles):
+            group.append(singles[at])
+            have *= lengths[at]
+            at += 1
+        if have != n:
+            return None
+        axes.append(tuple(group))
+    if any(n != 1 for n in lengths[at:]):
+        return None
+    return dataclasses.replace(x, axes=tuple(axes))
+
+
+def cast(x: Param, dtype: np.dtype) -> Param:
+    """The view after a conversion; one between equal dtypes is none."""
+    dtype = np.dtype(dtype)
+    return x if dtype == x.dtype else dataclasses.replace(x, casts=(*x.casts, dtype))
+
+
+def as_qtensor(x: Param) -> QTensor | None:
+    """The view as a QTensor of its own; None where axes were merged or a cast came on a cast."""
+    q = x.value
+    order = [group[0] for group in x.axes if len(group) == 1]
+    if not isinstance(q, QTensor) or len(order) != q.ndim or len(x.casts) > 1:
+        return None
+    dtype = x.dtype
+    return dataclasses.replace(q if order == sorted(order) else _moved(q, order), dtype=dtype)
+
+
+def _moved(q: QTensor, order: list[int]) -> QTensor:
+    """The axes of a QTensor in another order, those of its children and static facts with them."""
+
+    block = (1,) * (q.ndim - len(q.block)) + q.block
+    packed = q.packed
+    if packed is not None:
+        packed = (order.index(packed[0] % q.ndim) - q.ndim, packed[1])
+    scale = q.scale
+    if scale is not None:
+        scale = _moved(scale, order) if isinstance(scale, QTensor) else jnp.transpose(scale, order)
+    return dataclasses.replace(
+        q,
+        qvalue=jnp.transpose(q.qvalue, order),
+        scale=scale,
+        zero_point=None if q.zero_point is None else jnp.transpose(q.zero_point, order),
+        block=tuple(block[a] for a in order),
+        packed=packed,
+    )
+
+
+def stack(x: Param) -> jax.Array | QTensor | None:
+    """The leaf with a leading axis on every array, for a scan over it; None if the leading axis
+    of the view is not that of the leaf."""
+    if x.axes[0] != (0,):
+        return None
+    if not isinstance(x.value, QTensor):
+        return x.value
+    q = x.value
+    if q.packed is not None and q.packed[0] == -q.ndim:
+        return None
+    if len(q.block) < q.ndim:
+        return q
+    # The block spans the layers: give each its own copy of the scales, and the rest of the block.
+    whole = (q.block[0], *(1,) * (q.ndim - 1))
+
+    def each(a: jax.Array) -> jax.Array:
+        return jnp.broadcast_to(spread(a, q.shape, whole), (q.shape[0], *a.shape[1:]))
+
+    if isinstance(q.scale, QTensor) or q.scale is None:
+        return None
+    zero = None if q.zero_point is None else each(q.zero_point)
+    codebook = q.codebook
+    if codebook is not None:
+        codebook = jnp.broadcast_to(codebook, (q.shape[0], *codebook.shape))
+    return dataclasses.replace(
+        q, scale=each(q.scale), zero_point=zero, codebook=codebook, block=q.block[1:]
+    )
+
+
+def layer(x: Param, value: jax.Array | QTensor) -> Param:
+    """What one step of a scan over `stack(x)` sees of it."""
+    axes = tuple(tuple(a - 1 for a in group) for group in x.axes[1:])
+    return dataclasses.replace(x, value=value, axes=axes, layers=x.layers + 1)
