@@ -15,6 +15,7 @@ from jax import lax
 from quantjax.interpret import jax_compat as compat
 from quantjax.interpret import rules
 from quantjax.interpret.param import Param, layer, stack
+from quantjax.interpret.products import PRODUCTS
 from quantjax.interpret.record import Place, Record
 
 Value = Any  # an array or a Param
@@ -87,7 +88,7 @@ def _equation(machine: Machine, eqn: Any, inputs: list[Value], place: Place) -> 
     if call is not None and (any(isinstance(x, Param) for x in inputs) or _has_products(eqn)):
         return call(machine, eqn, inputs, place)
     if not any(isinstance(x, Param) for x in inputs):
-        if name in rules.PRODUCTS:
+        if name in PRODUCTS:
             reason = "a product of two activations"
             machine.record.remark(place, "", name, reason)
         return compat.rebind(eqn, inputs)
@@ -103,7 +104,7 @@ def _has_products(eqn: Any) -> bool:
     for inner in compat.inner_jaxprs(eqn):
         jaxpr, _ = compat.open_jaxpr(inner)
         for e in jaxpr.eqns:
-            if e.primitive.name in rules.PRODUCTS or _has_products(e):
+            if e.primitive.name in PRODUCTS or _has_products(e):
                 return True
     return False
 

@@ -112,7 +112,9 @@ def intercept(apply: Callable[..., Any], *, strict: bool = False) -> Intercepted
 
     Traces `apply` with the logical float arrays in place of QTensors and evaluates the trace:
     a quantized leaf stays so through transposes, reshapes and casts, jit, scan, remat, cond and
-    while, up to the product that uses it. The signature stays that of `apply`; its first argument
+    while, up to the product that uses it. There it is dequantized, or, where its policy quantizes
+    activations as well (`QuantSpec.act`), the other operand is rounded with one scale a row and
+    the product is one of integers. The signature stays that of `apply`; its first argument
     is the tree. Leaves and arguments that are not arrays are static.
 
     Raises ValueError under `strict`, naming the parameter, where one becomes float anywhere but at

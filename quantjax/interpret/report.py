@@ -6,7 +6,7 @@ from collections import Counter
 
 from quantjax.interpret.record import Remark, Site
 
-COLUMNS = ("path", "operation", "weights", "sums over", "computed", "calls", "MFLOP")
+COLUMNS = ("path", "operation", "weights", "activations", "sums over", "computed", "calls", "MFLOP")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +44,7 @@ def _cells(site: Site) -> tuple[str, ...]:
         site.path,
         site.primitive,
         f"{site.format} {shape}",
+        site.act or "as they are",
         ", ".join(map(str, site.contracting)) or "-",
         site.lowering,
         str(site.calls),

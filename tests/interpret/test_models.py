@@ -171,6 +171,20 @@ def test_weights_alone_give_what_dequantized_ones_give(case, preset):
     jax.tree.map(close, got, expected)
 
 
+def test_activations_of_8_bits_are_close(case):
+    if not jnp.issubdtype(case.x.dtype, jnp.floating) and "embed" not in str(case.params):
+        pytest.skip("no float input")
+    q = qj.quantize(case.params, "w8a8")
+    got, expected = intercept(case.apply)(q, case.x), case.apply(case.params, case.x)
+
+    def near(a, b):
+        # Weights and activations each round by half of 1/127 of a maximum, some 1 % of a normal
+        # row; a few layers add up.
+        assert float(jnp.linalg.norm(a - b)) <= 0.05 * float(jnp.linalg.norm(b))
+
+    jax.tree.map(near, got, expected)
+
+
 def test_nothing_quantized_becomes_float_before_its_product(case):
     q = qj.quantize(case.params, "w8")
     report = intercept(case.apply, strict=True).report(q, case.x)

@@ -1,0 +1,211 @@
+"""How does each kind of product use a quantized parameter?"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.extend.core import primitives as p
+
+from quantjax.affine import dequantize_array
+from quantjax.blocks import sizes
+from quantjax.interpret import jax_compat as compat
+from quantjax.interpret.param import Param, as_qtensor
+from quantjax.interpret.record import Place, Site, product
+from quantjax.ops import fake_rows, fits_integers, integer_dot
+from quantjax.qtensor import QTensor
+from quantjax.spec import QuantSpec
+
+DOT, CONV, GATHER = p.dot_general_p.name, p.conv_general_dilated_p.name, p.gather_p.name
+RAGGED_DOT = "ragged_dot_general"
+PRODUCTS = frozenset({DOT, CONV, RAGGED_DOT})
+DEQUANTIZED = "float, dequantized here"
+
+
+def _originals(x: Param, dims: Sequence[int]) -> tuple[int, ...]:
+    """Axes of the view as axes of the leaf."""
+    return tuple(a for d in dims for a in x.axes[d])
+
+
+def _note_site(
+    machine: Any,
+    eqn: Any,
+    x: Param,
+    other: Any,
+    place: Place,
+    *,
+    contracting: Sequence[int],
+    batch: Sequence[int],
+    flops: int,
+    groups: int = 1,
+    lowering: str = DEQUANTIZED,
+    act: QuantSpec | None = None,
+) -> None:
+    summed, shared = _originals(x, contracting), _originals(x, batch)
+    machine.record.site(
+        place,
+        Site(
+            path=x.path,
+            primitive=eqn.primitive.name,
+            module=place.module,
+            contracting=summed,
+            batch=shared,
+            output=tuple(a for a in range(x.value.ndim) if a not in (*summed, *shared)),
+            param_shape=tuple(x.value.shape),
+            input_shape=tuple(other.shape),
+            output_shape=tuple(eqn.outvars[0].aval.shape),
+            flops=flops * place.calls,
+            calls=place.calls,
+            groups=groups,
+            layers=x.layers,
+            format=str(x.value.format if isinstance(x.value, QTensor) else x.value.dtype),
+            act="" if act is None else str(act.format),
+            lowering=lowering if x.quantized else "float",
+        ),
+    )
+
+
+def _bound(eqn: Any, inputs: Sequence[Any]) -> list[Any]:
+    """The original operation on float arrays. A product is where a parameter is meant to be
+    read, so nothing is remarked."""
+    return compat.rebind(eqn, [x.array() if isinstance(x, Param) else x for x in inputs])
+
+
+def _activation(eqn: Any, x: Param) -> QuantSpec | None:
+    """How the activation that meets x is quantized; not at all where the model asks for the
+    highest precision."""
+    precision = eqn.params.get("precision")
+    wanted = precision if isinstance(precision, tuple) else (precision,)
+    if not isinstance(x.value, QTensor) or lax.Precision.HIGHEST in wanted:
+        return None
+    return x.value.act
+
+
+def dot(machine: Any, eqn: Any, inputs: Sequence[Any], place: Place) -> list[Any]:
+    """dot_general: in integers where both sides are, else on dequantized weights."""
+    (summed, shared), out = eqn.params["dimension_numbers"], eqn.outvars[0].aval
+    lowering, result = DEQUANTIZED, None
+    used = [i for i, x in enumerate(inputs) if isinstance(x, Param)]
+    act = _activation(eqn, inputs[used[0]]) if len(used) == 1 else None
+    if act is not None:
+        lowering, result = _quantized_dot(eqn, inputs, used[0], act)
+    for i in used:
+        _note_site(
+            machine, eqn, inputs[i], inputs[1 - i], place,
+            contracting=summed[i], batch=shared[i], lowering=lowering, act=act,
+            flops=2 * math.prod(out.shape) * product(inputs[i].shape, tuple(summed[i])),
+        )  # fmt: skip
+    return _bound(eqn, inputs) if result is None else [result]
+
+
+def _quantized_dot(
+    eqn: Any, inputs: Sequence[Any], side: int, act: QuantSpec
+) -> tuple[str, jax.Array]:
+    """How it is computed, and the product of a parameter with an activation quantized by rows."""
+    summed, shared = eqn.params["dimension_numbers"]
+    x, w = inputs[1 - side], inputs[side]
+    dims = (*summed[side], *shared[side])
+    contracting, batch = _originals(w, summed[side]), _originals(w, shared[side])
+    reason = fits_integers(w.value, act, contracting)
+    if any(len(w.axes[d]) != 1 for d in dims):
+        reason = "merged axes"
+    if reason:
+        operands = [w.array(), w.array()]
+        operands[1 - side] = fake_rows(x, act, summed[1 - side])
+        return f"float, both sides rounded: {reason}", compat.rebind(eqn, operands)[0]
+    numbers = ((tuple(summed[1 - side]), contracting), (tuple(shared[1 - side]), batch))
+    y = integer_dot(x, w.value, act, numbers)
+    # y is (batch, rows of x, free axes of the leaf); the model holds those in another order.
+    stored = [a for a in range(w.value.ndim) if a not in (*contracting, *batch)]
+    held = list(_originals(w, [d for d in range(len(w.axes)) if d not in dims]))
+    held += [a for a in stored if a not in held]
+    lead = y.ndim - len(stored)
+    free = [lead + stored.index(a) for a in held]
+    rows = list(range(len(batch), lead))
+    order = [*range(len(batch)), *(free + rows if side == 0 else rows + free)]
+    out = eqn.outvars[0].aval
+    return "int8 product", jnp.transpose(y, order).reshape(out.shape).astype(out.dtype)
+
+
+def convolution(machine: Any, eqn: Any, inputs: Sequence[Any], place: Place) -> list[Any] | None:
+    """Any convolution, on dequantized weights; the image is rounded with one scale an example."""
+    image, kernel = inputs
+    if isinstance(image, Param) or not isinstance(kernel, Param):
+        return None
+    numbers = eqn.params["dimension_numbers"]
+    summed = numbers.rhs_spec[1:]  # of (output, input, *window)
+    groups = eqn.params["feature_group_count"] * eqn.params["batch_group_count"]
+    act, lowering = _activation(eqn, kernel), DEQUANTIZED
+    if act is not None:
+        lowering = "float, both sides rounded: a convolution"
+        image = fake_rows(image, act, numbers.lhs_spec[1:])
+    out = eqn.outvars[0].aval
+    flops = 2 * math.prod(out.shape) * product(kernel.shape, tuple(summed))
+    _note_site(
+        machine, eqn, kernel, image, place,
+        contracting=summed, batch=(), flops=flops, groups=groups, lowering=lowering, act=act,
+    )  # fmt: skip
+    return _bound(eqn, [image, kernel])
+
+
+def gather(machine: Any, eqn: Any, inputs: Sequence[Any], place: Place) -> list[Any] | None:
+    """Rows of a table: the axes that are indexed one entry at a time are its batch."""
+    table, index = inputs
+    if not isinstance(table, Param) or isinstance(index, Param):
+        return None
+    rows = _rows(eqn, table, index)
+    lowering = DEQUANTIZED if rows is None else "rows dequantized"
+    batch = eqn.params["dimension_numbers"].collapsed_slice_dims
+    _note_site(
+        machine, eqn, table, index, place,
+        contracting=(), batch=batch, flops=0, lowering=lowering,
+    )  # fmt: skip
+    return _bound(eqn, inputs) if rows is None else [rows]
+
+
+def _rows(eqn: Any, table: Param, index: Any) -> jax.Array | None:
+    """Whole rows of a quantized table, gathered as codes; None where scales span rows, or where
+    something else is gathered. Out of bounds the scale is NaN wherever the value would be."""
+    q, params = as_qtensor(table), eqn.params
+    if q is None or q.codebook is not None or not isinstance(q.scale, jax.Array):
+        return None
+    dims, rank, out = params["dimension_numbers"], q.ndim, eqn.outvars[0].aval.ndim
+    whole = params["slice_sizes"] == (1, *q.shape[1:]) and dims.collapsed_slice_dims == (0,)
+    trailing = tuple(dims.offset_dims) == tuple(range(out - rank + 1, out))
+    alone = len(q.block) < rank or sizes(q.shape, q.block)[0] == 1
+    if not (whole and trailing and alone) or (q.packed is not None and q.packed[0] == -rank):
+        return None
+
+    def rows(child: jax.Array) -> jax.Array:
+        own: dict[str, Any] = {"slice_sizes": (1, *child.shape[1:])}
+        if not jax.numpy.issubdtype(child.dtype, np.floating):
+            own["fill_value"] = 0  # NaN, which the scale has there, is no integer
+        return eqn.primitive.bind(child, index, **{**params, **own})
+
+    zero = None if q.zero_point is None else rows(q.zero_point)
+    found = dataclasses.replace(q, qvalue=rows(q.qvalue), scale=rows(q.scale), zero_point=zero)
+    return dequantize_array(dataclasses.replace(found, block=q.block[-(rank - 1) :]))
+
+
+def ragged_dot(machine: Any, eqn: Any, inputs: Sequence[Any], place: Place) -> list[Any] | None:
+    """Tokens sorted by expert, times the experts' dequantized matrices."""
+    tokens, experts, *rest = inputs
+    if not isinstance(experts, Param) or any(isinstance(x, Param) for x in (tokens, *rest)):
+        return None
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    (summed_tokens, summed), (_, shared) = numbers.dot_dimension_numbers
+    batch = (*shared, *numbers.rhs_group_dimensions)
+    act, lowering = _activation(eqn, experts), DEQUANTIZED
+    if act is not None:
+        lowering = "float, both sides rounded: a ragged product"
+        tokens = fake_rows(tokens, act, summed_tokens)
+    flops = 2 * math.prod(eqn.outvars[0].aval.shape) * product(experts.shape, tuple(summed))
+    _note_site(
+        machine, eqn, experts, tokens, place,
+        contracting=summed, batch=batch, flops=flops, lowering=lowering, act=act,
+    )  # fmt: skip
+    return _bound(eqn, [tokens, experts, *rest])
