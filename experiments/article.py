@@ -2,7 +2,7 @@
 Run: python -m experiments.article [--dataset fashion_mnist --data-dir DIR --seeds 0 1 2]
 Result: the README's tables, from results/article_<dataset>.json; figures beside them.
 
-Trains the network, quantizes it from 8 bits to 1 with two kinds of scales, fine-tunes it through
+Trains the network, quantizes it from 8 bits to 1 with three kinds of scales, fine-tunes it through
 the quantizer, saves the best of each format, reloads it and compares predictions. An interrupted
 run goes on where it stopped; no file is ever half written."""
 
@@ -92,7 +92,9 @@ def run_seed(config: Config, chosen: Settings, seed: int) -> dict[str, Any]:
     """Everything for one seed, as it goes into the JSON."""
     data = load(config.dataset, data_dir=config.data_dir, seed=seed)
     model = ArticleCNN(batch_norm=config.batch_norm, classes=data.classes)
-    name = f"{chosen.optimizer}{'_bn' if config.batch_norm else ''}"
+    # One folder for each way to train, so that another one does not meet its checkpoints.
+    name = f"{chosen.optimizer}{chosen.learning_rate:g}_{chosen.epochs}x{chosen.batch_size}"
+    name += "_bn" if config.batch_norm else ""
     folder = config.out / config.dataset / name / f"seed{seed}"
     # Without state the default loss serves; batch statistics need the training pass.
     loss_fn = classification_loss(training_apply(model)) if config.batch_norm else None
@@ -139,7 +141,7 @@ def run_seed(config: Config, chosen: Settings, seed: int) -> dict[str, Any]:
         rules = None if fmt == "float32" else fitting(policy(fmt, qj.mse()), params)
         tuned[fmt] = fine_tune.fine_tune(
             model.apply, params, rules, data, ft,
-            seed=seed, loss_fn=loss_fn, run_dir=folder / f"{fmt}-tuned",
+            seed=seed, loss_fn=loss_fn, run_dir=folder / f"{fmt}-tuned{ft.epochs}",
         )  # fmt: skip
         rows.append(judge.row(fmt, "fine-tuned", tuned[fmt], params))
         print(article_line(rows[-1]))
@@ -217,6 +219,6 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         console.print("\nInterrupted. The same command goes on where this one stopped.")
         sys.exit(130)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, ValueError) as error:
         console.print(f"[red]{error}[/red]")
         sys.exit(2)

@@ -121,7 +121,7 @@ def literal_rule(params: Any, bits: int = 8) -> Any:
 
     def rule(path: tuple, w: jax.Array) -> jax.Array:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if name.endswith("kernel") or "/bn" in name:
+        if name.endswith("kernel") or name.startswith("bn"):
             return jnp.clip(jnp.round(w / 255.0 * 2.0**bits), 0, 255)
         return w
 

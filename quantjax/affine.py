@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Integer
+from jaxtyping import Array, Bool, Float, Integer
 
 from quantjax.blocks import Block, sizes, split, spread
 from quantjax.formats import Codebook, ExponentFormat, Format, IntFormat
 from quantjax.kmeans import fit_levels
-from quantjax.observers import Grid, observe
+from quantjax.observers import Grid, magnitude, observe
 from quantjax.packing import pack, packed_axis, unpack
 from quantjax.qtensor import QTensor
 from quantjax.rounding import low_byte
@@ -89,6 +89,11 @@ def find_scales(x: Float[Array, "*n"], spec: QuantSpec, weights: Any = None) -> 
     return Scales(scale, zero_point)
 
 
+def finite_blocks(x: Float[Array, "*n"], spec: QuantSpec) -> Bool[Array, "*b"]:
+    """Per block of x, whether it holds neither NaN nor infinity."""
+    return jnp.isfinite(magnitude(split(jax.lax.stop_gradient(x), spec.block_shape)))
+
+
 def _with_block(spec: QuantSpec, block: tuple[int | None, ...]) -> QuantSpec:
     return dataclasses.replace(spec, block=block, group=None)
 
@@ -132,6 +137,19 @@ def _code_offset(format: Format | ExponentFormat) -> int:
     return 2 ** (format.bits - 1) if isinstance(format, IntFormat) and format.signed else 0
 
 
+def _stored(codes: Float[Array, "*n"], format: Format | ExponentFormat) -> jax.Array:
+    """Codes as bytes, before they are packed. A NaN becomes the byte 0."""
+    if format.bits == 8:
+        return low_byte(codes, format.code_dtype)
+    return low_byte(codes + np.float32(_code_offset(format)), np.uint8)
+
+
+def _loaded(stored: jax.Array, format: Format | ExponentFormat) -> Integer[Array, "*n"]:
+    """Bytes as codes again: int8 or uint8."""
+    offset = _code_offset(format) if format.bits < 8 else 0
+    return (stored.astype(jnp.int8) - np.int8(offset)) if offset else stored
+
+
 def quantize_array(
     x: Float[Array, "*n"],
     scales: Scales,
@@ -147,10 +165,8 @@ def quantize_array(
     block = spec.block_shape
     codes = _codes(x, scales, spec.format, block, uniform)
     bits, axis = spec.format.bits, None
-    if bits == 8 or codes.size == 0:
-        qvalue = low_byte(codes, spec.format.code_dtype)
-    else:
-        qvalue = low_byte(codes + np.float32(_code_offset(spec.format)), np.uint8)
+    qvalue = _stored(codes, spec.format)
+    if bits < 8 and codes.size:
         reduced = tuple(b > 1 for b in sizes(x.shape, block))
         axis = packed_axis(x.shape, x.ndim - len(block), bits, reduced)
         qvalue = pack(qvalue, bits, axis)
@@ -172,9 +188,7 @@ def codes_of(q: QTensor) -> Integer[Array, "*n"]:
     if q.packed is None:
         return q.qvalue
     axis, length = q.packed
-    codes = unpack(q.qvalue, q.format.bits, length, axis)
-    offset = _code_offset(q.format)
-    return (codes.astype(jnp.int8) - np.int8(offset)) if offset else codes
+    return _loaded(unpack(q.qvalue, q.format.bits, length, axis), q.format)
 
 
 def dequantize_array(q: QTensor) -> jax.Array:
@@ -186,8 +200,8 @@ def dequantize_array(q: QTensor) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _snap(format: Format, block: Block, x, scales: Scales, uniform) -> jax.Array:
-    # Integers, as they would be stored: a float code may be -0, and its value then -0 * s.
-    codes = low_byte(_codes(x, scales, format, block, uniform), format.code_dtype)
+    # As they would be stored: a float code may be -0, and its value then -0 * s; or NaN.
+    codes = _loaded(_stored(_codes(x, scales, format, block, uniform), format), format)
     return _values(codes, scales, format, block, x.dtype)
 
 

@@ -5,7 +5,6 @@ None means the whole axis, and axes before the block each have their own. (64, 1
 group of 64 rows per column; (None, 1) one scale per column; (None, None) one for the matrix.
 The last block of an axis may be short."""
 
-import math
 from typing import NamedTuple
 
 import jax
@@ -69,8 +68,3 @@ def spread(per_block: Float[Array, "*b"], shape: tuple[int, ...], block: Block) 
             if per_block.shape[axis] != n:
                 per_block = jax.lax.slice_in_dim(per_block, 0, n, axis=axis)
     return per_block
-
-
-def elements(shape: tuple[int, ...]) -> int:
-    """The number of elements of a shape."""
-    return math.prod(shape)

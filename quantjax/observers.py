@@ -59,17 +59,18 @@ def _min_max(x: Blocked) -> Range:
 
 def _poison(x: Blocked) -> Float[Array, "*b"]:
     """0 per block, or NaN where the block holds NaN or infinity."""
-    return jnp.where(jnp.isfinite(_magnitude(x)), np.float32(0), np.float32(np.nan))
+    return jnp.where(jnp.isfinite(magnitude(x)), np.float32(0), np.float32(np.nan))
 
 
-def _magnitude(x: Blocked) -> Float[Array, "*b"]:
+def magnitude(x: Blocked) -> Float[Array, "*b"]:
     """max |x| per block; infinity where the block holds NaN or infinity.
 
     XLA on CPU drops NaN from the maximum of a larger array, and reduces anything but a plain
     array 8 times slower. So: the bits of |x| as an integer are ordered as |x| is, NaN last; one
     elementwise pass takes the maximum of 8 slices of an axis and turns NaN into infinity; what
     is left, an eighth, is a plain array. (16 slices are 8 times slower again.)"""
-    bits = lax.bitcast_convert_type(x.values, jnp.int32) & np.int32(0x7FFFFFFF)
+    values = x.values.astype(jnp.float32)
+    bits = lax.bitcast_convert_type(values, jnp.int32) & np.int32(0x7FFFFFFF)
     if not x.axes:
         return lax.bitcast_convert_type(jnp.minimum(bits, np.int32(0x7F800000)), jnp.float32)
     axis = max(x.axes, key=lambda a: x.values.shape[a])
@@ -92,7 +93,7 @@ class _AbsMax:
         return None
 
     def update(self, state: Range | None, x: Blocked, grid: Grid, weights: Any = None) -> Range:
-        largest = _magnitude(x)
+        largest = magnitude(x)
         return _grown(state, -largest, largest)
 
     def finalize(self, state: Range) -> Range:
@@ -213,7 +214,7 @@ class _Mse:
     def _widest(self, x: Blocked, grid: Grid) -> Range:
         if not grid.symmetric:
             return _min_max(x)
-        largest = _magnitude(x)
+        largest = magnitude(x)
         return -largest, largest
 
     def search(self, x: Blocked, grid: Grid, weights: Any = None) -> Range:

@@ -86,11 +86,24 @@ class Resolved(Mapping):
         return len(self.leaves)
 
     def resolve(self, params: Any) -> "Resolved":
-        """Itself, if `params` has the same paths; ValueError if not."""
-        names = [name for name, _ in named_leaves(params)[0]]
+        """Itself, if it fits `params`: the same paths, and floats of the rank it was resolved for
+        where it quantizes. ValueError if not."""
+        named = named_leaves(params)[0]
+        names = [name for name, _ in named]
         if names != list(self):
             odd = sorted(set(names) ^ set(self)) or names
             raise ValueError(f"this policy was resolved for another tree; it differs in {odd[:5]}.")
+        for (name, leaf), (_, resolution) in zip(named, self.leaves, strict=True):
+            if resolution.spec is None:
+                continue
+            _refuse_quantized(name, leaf)
+            facts, spec = _facts(leaf), resolution.spec
+            why = _unfit(facts)
+            rank = len(spec.block_shape) + spec.stacked
+            if facts is not None and not why and len(facts.shape) != rank:
+                why = f"its rank is not {rank}, but its shape {facts.shape}"
+            if why:
+                raise ValueError(f"{name}: this policy was resolved for another leaf: {why}.")
         return self
 
 
@@ -136,11 +149,7 @@ class Policy:
         """
         named, _ = named_leaves(params)
         for name, leaf in named:
-            if isinstance(leaf, QTensor):
-                raise ValueError(
-                    f"{name}: is quantized already ({leaf.format}). Dequantize it first, or "
-                    f"quantize the float parameters."
-                )
+            _refuse_quantized(name, leaf)
         return self._decide([(name, _facts(leaf)) for name, leaf in named], params)
 
     def explain(self, tree: Any) -> Resolved:
@@ -173,6 +182,14 @@ class Policy:
         return Resolved(tuple(out))
 
 
+def _refuse_quantized(name: str, leaf: Any) -> None:
+    if isinstance(leaf, QTensor):
+        raise ValueError(
+            f"{name}: is quantized already ({leaf.format}). Dequantize it first, or quantize the "
+            f"float parameters."
+        )
+
+
 def _as_spec(spec: object, where: str) -> QuantSpec | None:
     if isinstance(spec, str):
         return preset_spec(spec)
@@ -183,7 +200,9 @@ def _as_spec(spec: object, where: str) -> QuantSpec | None:
 
 def _facts(leaf: Any) -> jax.ShapeDtypeStruct | None:
     """Shape and dtype of an array leaf; None for anything else."""
-    if isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct | QTensor):
+    if isinstance(leaf, np.ndarray | np.generic):  # of any byte order
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype.newbyteorder("="))
+    if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct | QTensor):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
     return None
 

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from quantjax.blocks import sizes
-from quantjax.formats import Codebook
+from quantjax.blocks import Block, counts, sizes
+from quantjax.formats import Codebook, ExponentFormat, Format
 from quantjax.packing import packed_axis
-from quantjax.qtensor import is_qtensor
+from quantjax.qtensor import QTensor, is_qtensor
 from quantjax.spec import Granularity, QuantSpec
 
 
@@ -28,11 +28,13 @@ class Placement(NamedTuple):
     shards: tuple[int, ...]
 
 
-def placement(x: jax.Array) -> Placement | None:
+def placement(x: Any) -> Placement | None:
     """How x is sharded by name over a mesh; None if it is whole, or if that is not known here.
 
     Inside jit it is known on an Explicit mesh alone; on an Auto mesh the compiler decides.
     """
+    if not isinstance(x, jax.Array):  # NumPy's, or a shape
+        return None
     sharding = jax.typeof(x).sharding if isinstance(x, jax.core.Tracer) else x.sharding
     if not isinstance(sharding, NamedSharding):
         return None
@@ -48,34 +50,61 @@ def _count(mesh: Any, entry: Any) -> int:
 
 def check_whole(name: str, x: jax.Array, placed: Placement, spec: QuantSpec) -> None:
     """Raises ValueError, naming the leaf, unless each shard holds whole blocks and bytes."""
-    block, bits = spec.block_shape, spec.format.bits
-    lead = x.ndim - len(block)
-    local = _local(x.shape, placed)
-    size = sizes(x.shape, block)
-    for axis, (n, b, shards) in enumerate(zip(local, size, placed.shards, strict=True)):
-        if shards > 1 and n % b:
-            raise ValueError(
-                f"{name}: a block of {b} on axis {axis} does not fit in shards of {n} "
-                f"({x.shape[axis]} over {shards} devices). Use a group that divides {n}, or "
-                f"reshard the array so that this axis is whole."
-            )
     above = spec.scale_spec
-    spans = isinstance(spec.format, Codebook) and spec.format.learned_bits is not None
-    if above is not None:
-        spans = isinstance(above.block, Granularity) or above.format.bits < 8
-    if spans and max(placed.shards[lead:]) > 1:
-        what = "a learned codebook" if above is None else f"a scale in {above.format}"
-        raise ValueError(
-            f"{name}: {what} is shared by the whole array, which is cut in {placed.shards} "
-            f"shards. Reshard the array, or use a format whose blocks stand alone."
-        )
-    if bits < 8:
-        axis = packed_axis(local, lead, bits, tuple(b > 1 for b in size))
-        if placed.shards[axis] > 1 and local[axis] * bits % 8:
-            raise ValueError(
-                f"{name}: {local[axis]} codes of {bits} bits on axis {axis % x.ndim} of a shard "
-                f"do not fill whole bytes. Reshard the array so that an axis is whole."
+    if above is not None and isinstance(above.block, Granularity):
+        above = dataclasses.replace(above, block=(None,) * len(spec.block_shape))
+    scale = None if above is None else (above.format, above.block_shape)
+    why = _obstacle(x.shape, placed, spec.format, spec.block_shape, scale)
+    if why:
+        raise ValueError(f"{name}: {why} Reshard the array so that this axis is whole.")
+
+
+def stands_alone(q: QTensor, placed: Placement) -> bool:
+    """Whether every shard of a quantized array, which may have been cut after it was quantized,
+    is a quantized array by itself."""
+    if isinstance(q.format, ExponentFormat):
+        return False
+    scale = None  # floats, or E8M0's one byte each, are cut as the blocks are
+    if isinstance(q.scale, QTensor) and not isinstance(q.scale.format, ExponentFormat):
+        scale = (q.scale.format, q.scale.block)
+    axis = None if q.packed is None else q.packed[0]
+    return not _obstacle(q.shape, placed, q.format, q.block, scale, axis)
+
+
+def _obstacle(
+    shape: tuple[int, ...],
+    placed: Placement,
+    format: Format,
+    block: Block,
+    scale: tuple[Format, Block] | None,
+    packed: int | None = None,
+) -> str:
+    """Why a shard is no quantized array of its own; empty if it is. `scale`: format and block of
+    scales that are quantized in turn; `packed`: the packed axis, where it is given."""
+    bits, lead, size = format.bits, len(shape) - len(block), sizes(shape, block)
+    local = _local(shape, placed)
+    for axis, (n, b, shards) in enumerate(zip(local, size, placed.shards, strict=True)):
+        if shards > 1 and (n % b or shape[axis] % shards):
+            return (
+                f"a block of {b} on axis {axis} does not fit in shards of {n} "
+                f"({shape[axis]} over {shards} devices). Use a group that divides {n}."
             )
+    learned = isinstance(format, Codebook) and format.learned_bits is not None
+    if learned and max(placed.shards[lead:]) > 1:
+        return f"a learned codebook is shared by all of its {placed.shards} shards."
+    if scale is not None:
+        why = _obstacle(counts(shape, block), placed, *scale, None)
+        if why:
+            return f"a scale in {scale[0]} is shared by several shards: {why}"
+    if bits < 8:
+        if packed is None:
+            packed = packed_axis(local, lead, bits, tuple(b > 1 for b in size))
+        if placed.shards[packed] > 1 and local[packed] * bits % 8:
+            return (
+                f"{local[packed]} codes of {bits} bits on axis {packed % len(shape)} of a shard "
+                f"do not fill whole bytes."
+            )
+    return ""
 
 
 def _local(shape: tuple[int, ...], placed: Placement) -> tuple[int, ...]:

@@ -9,6 +9,10 @@ from quantjax.observers import Observer, absmax
 from quantjax.rounding import Rounding
 
 
+def _is_count(n: object) -> bool:
+    return isinstance(n, int) and not isinstance(n, bool)
+
+
 class Granularity(enum.Enum):
     """CHANNEL: one scale per output channel. TENSOR: one per array. ROW: one per row of an
     activation that enters a dot, one per example of a convolution."""
@@ -65,8 +69,11 @@ class QuantSpec:
                 )
             if self.group is not None:
                 raise ValueError("QuantSpec: give either block or group, not both.")
-        if self.group is not None and (not isinstance(self.group, int) or self.group < 1):
+        if self.group is not None and (not _is_count(self.group) or self.group < 1):
             raise ValueError(f"QuantSpec: group must be a positive integer, got {self.group!r}.")
+        if self.group is not None and self.block is not Granularity.CHANNEL:
+            raise ValueError(f"QuantSpec: give either group or block={self.block}, not both.")
+        self._check_kinds()
         if not isinstance(self.observer, Observer) or isinstance(self.observer, type):
             raise ValueError(
                 f"QuantSpec: observer must be a value such as absmax() or percentile(99.9), got "
@@ -82,8 +89,27 @@ class QuantSpec:
         learned = isinstance(self.format, Codebook) and self.format.learned_bits is not None
         if learned and (self.scale_format is not None or self.observer != absmax()):
             raise ValueError("QuantSpec: a learned codebook fits absmax() and float scales.")
-        if self.stacked < 0:
-            raise ValueError(f"QuantSpec: stacked must not be negative, got {self.stacked}.")
+
+    def _check_kinds(self) -> None:
+        if not isinstance(self.rounding, Rounding) or not isinstance(self.symmetric, bool):
+            raise ValueError(
+                f"QuantSpec: rounding must be a Rounding and symmetric a bool, got "
+                f"{self.rounding!r} and {self.symmetric!r}."
+            )
+        if self.act is not None and not isinstance(self.act, QuantSpec):
+            raise ValueError(f"QuantSpec: act must be a QuantSpec or None, got {self.act!r}.")
+        if not _is_count(self.stacked) or self.stacked < 0:
+            raise ValueError(
+                f"QuantSpec: stacked must be a number of axes, 0 or more, got {self.stacked!r}."
+            )
+        above = self.scale_format
+        if isinstance(above, QuantSpec) and (
+            above.group is not None or above.rounding is not Rounding.NEAREST
+        ):
+            raise ValueError(
+                "QuantSpec: scales are rounded to nearest, in a block given as a shape; a group "
+                f"or stochastic rounding is not for them, got {above!r}."
+            )
 
     @property
     def block_shape(self) -> Block:

@@ -16,8 +16,8 @@ from quantjax.observers import absmax, minmax
 from quantjax.paths import named_leaves
 from quantjax.policy import Policy, Resolved, preset
 from quantjax.qtensor import QTensor, is_qtensor
-from quantjax.rounding import noise
-from quantjax.sharding import Placement, check_whole, over_shards, placement
+from quantjax.rounding import Rounding, noise
+from quantjax.sharding import Placement, check_whole, over_shards, placement, stands_alone
 from quantjax.spec import QuantSpec
 
 Transform = Callable[..., Any]  # affine.quantize_array or affine.fake_quantize_array
@@ -39,8 +39,9 @@ def _apply(
     *,
     transform: Transform,
     spec: QuantSpec,
-) -> Any:
-    return transform(x, scales, uniform, spec=spec)
+) -> tuple[Any, jax.Array]:
+    """The transformed leaf, and per block whether it is finite."""
+    return transform(x, scales, uniform, spec=spec), affine.finite_blocks(x, spec)
 
 
 @functools.partial(jax.jit, static_argnames=("transform", "spec"))
@@ -53,7 +54,9 @@ def _find_and_apply(
 
 
 def _exact(spec: QuantSpec) -> bool:
-    """Whether scales come of comparisons alone, without a sum."""
+    """Whether scales, and their own if they are quantized, come of comparisons without a sum."""
+    if spec.scale_spec is not None and not _exact(spec.scale_spec):
+        return False
     learned = isinstance(spec.format, Codebook) and spec.format.learned_bits is not None
     return spec.observer in (absmax(), minmax()) and not learned
 
@@ -63,7 +66,7 @@ _dequantize = jax.jit(affine.dequantize_array)
 
 def quantize(
     params: Any,
-    policy: Policy | Resolved | str | None = None,
+    policy: Any = None,
     *,
     like: Any = None,
     key: jax.Array | None = None,
@@ -90,7 +93,7 @@ def quantize(
 
 def fake_quantize(
     params: Any,
-    policy: Policy | Resolved | str | None = None,
+    policy: Any = None,
     *,
     like: Any = None,
     key: jax.Array | None = None,
@@ -117,8 +120,10 @@ def dequantize(tree: Any) -> Any:
     def one(x: Any) -> Any:
         if not is_qtensor(x):
             return x
-        placed = None if isinstance(x.qvalue, jax.ShapeDtypeStruct) else placement(x.qvalue)
-        return _dequantize(x) if placed is None else over_shards(_dequantize, placed, x)
+        placed = placement(x.qvalue)
+        if placed is None or not stands_alone(x, placed):
+            return _dequantize(x)
+        return over_shards(_dequantize, placed, x)
 
     return jax.tree.map(one, tree, is_leaf=is_qtensor)
 
@@ -126,7 +131,7 @@ def dequantize(tree: Any) -> Any:
 def _over_leaves(
     transform: Transform,
     params: Any,
-    policy: Policy | Resolved | str | None,
+    policy: Any,
     like: Any,
     key: jax.Array | None,
     weights: Any,
@@ -134,6 +139,13 @@ def _over_leaves(
 ) -> Any:
     if (policy is None) == (like is None):
         raise ValueError("give either a policy or like=, a tree quantized before.")
+    if policy is not None and not isinstance(policy, Policy | Resolved | str):
+        raise TypeError(
+            f"the policy must be a Policy, a preset name or a resolved policy, got {policy!r}. A "
+            f"QuantSpec for every weight is Policy(otherwise=spec)."
+        )
+    if like is not None and key is not None:
+        raise ValueError("key= is for stochastic rounding by a policy; like= rounds to nearest.")
     named, structure = named_leaves(params)
     given = _given_scales(named, like) if policy is None else {}
     if policy is not None:
@@ -158,16 +170,17 @@ def _over_leaves(
         if placed is not None:
             check_whole(name, x, placed, spec)
         leaf_key = None if key is None else jax.random.fold_in(key, zlib.crc32(name.encode()))
+        if spec.rounding is Rounding.STOCHASTIC and key is None:
+            raise ValueError(f"{name}: stochastic rounding needs a key: key=jax.random.key(seed).")
         uniform = noise(spec.rounding, leaf_key, x.shape)
         how = {"transform": transform, "spec": spec}
         if i in given:
-            leaves.append(_on(placed, _apply, x, given[i][1], uniform, **how))
-            continue
-        if _exact(spec):
+            out, finite = _on(placed, _apply, x, given[i][1], uniform, **how)
+        elif _exact(spec):
             out, finite = _on(placed, _find_and_apply, x, uniform, **how)
         else:
             scales, finite = _on(placed, _find, x, weight[i], spec=spec)
-            out = _on(placed, _apply, x, scales, uniform, **how)
+            out, _ = _on(placed, _apply, x, scales, uniform, **how)
         leaves.append(out)
         checks.append((name, finite))
     _raise_if_not_finite(checks)
@@ -183,9 +196,11 @@ def _on(placed: Placement | None, function: Callable[..., Any], *args: Any, **st
 
 def _as_float(leaf: Any) -> jax.Array:
     """The leaf as a JAX array of at most 32 bits."""
-    if isinstance(leaf, jax.Array) and leaf.dtype != np.float64:
-        return leaf
-    return jnp.asarray(leaf, jnp.float32 if leaf.dtype == np.float64 else leaf.dtype)
+    if isinstance(leaf, jax.Array):
+        return leaf.astype(jnp.float32) if leaf.dtype == np.float64 else leaf
+    values = np.asarray(leaf)
+    wide = values.dtype.itemsize > 4
+    return jnp.asarray(values.astype(np.float32 if wide else values.dtype.newbyteorder("=")))
 
 
 def _raise_if_not_finite(checks: list[tuple[str, jax.Array]]) -> None:
@@ -208,7 +223,8 @@ def _given_scales(named: list[tuple[str, Any]], like: Any) -> dict[int, tuple[Qu
             continue
         if isinstance(q.format, ExponentFormat):
             raise ValueError(f"{name}: like= holds bare {q.format} scales, not a parameter.")
-        if isinstance(x, QTensor) or tuple(x.shape) != q.shape:
+        floats = hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)
+        if isinstance(x, QTensor) or not floats or tuple(x.shape) != q.shape:
             raise ValueError(f"{name}: like= expects a float array of shape {q.shape}, got {x!r}.")
         spec = QuantSpec(format=q.format, block=q.block, symmetric=q.zero_point is None, act=q.act)
         given[i] = (spec, affine.scales_of(q))
@@ -216,11 +232,31 @@ def _given_scales(named: list[tuple[str, Any]], like: Any) -> dict[int, tuple[Qu
 
 
 def _matching(named: list[tuple[str, Any]], weights: Any) -> list[Any]:
-    """The weight of every leaf, None where there is none."""
+    """The weights of every leaf, in its shape, None where there are none."""
     if weights is None:
         return [None] * len(named)
-    others = dict(named_leaves(weights)[0])
-    unknown = sorted(set(others) - {name for name, _ in named})
+    others = named_leaves(weights)[0]
+    by_name = dict(others)
+    unknown = sorted(set(by_name) - {name for name, _ in named})
     if unknown:
         raise ValueError(f"weights= names parameters that are not there: {unknown[:5]}.")
-    return [others.get(name) for name, _ in named]
+    if len(by_name) < len(others):
+        raise ValueError("weights= has two leaves of one name, and can not tell them apart.")
+    return [_weights_of(name, leaf, by_name.get(name)) for name, leaf in named]
+
+
+def _weights_of(name: str, leaf: Any, weights: Any) -> jax.Array | None:
+    if weights is None:
+        return None
+    weights, shape = jnp.asarray(weights, jnp.float32), tuple(np.shape(leaf))
+    try:
+        fits = np.broadcast_shapes(weights.shape, shape) == shape
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(f"{name}: weights of shape {weights.shape} do not broadcast to {shape}.")
+    if not isinstance(weights, jax.core.Tracer):
+        values = np.asarray(weights)
+        if not (np.isfinite(values).all() and (values >= 0).all() and values.any()):
+            raise ValueError(f"{name}: weights must be finite, not negative and not all zero.")
+    return jnp.broadcast_to(weights, shape)

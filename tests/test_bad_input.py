@@ -12,7 +12,7 @@ import quantjax as qj
 from quantjax import affine
 from quantjax.formats import IntFormat
 from quantjax.policy import preset_spec
-from quantjax.spec import QuantSpec
+from quantjax.spec import Granularity, QuantSpec
 
 PRESETS = ["w8", "w4", "w4g4", "w2", "w1", "nf4g4", "fp8", "mxfp4", "mxfp8", "nvfp4", "ternary"]
 EXTRA = {
@@ -357,3 +357,81 @@ def test_one_bad_value_in_a_large_array_is_seen(observer, bad):
         qj.quantize({"kernel": x}, policy)
     scale = jax.jit(lambda p: qj.quantize(p, policy))({"kernel": x})["kernel"].scale[0]
     np.testing.assert_array_equal(np.isnan(scale), np.arange(64) == 5)
+
+
+@pytest.mark.parametrize("preset", ["w8", "w4", "w2", "nf4"])
+def test_given_scales_see_nan_too(preset):
+    p = {"kernel": jnp.ones((8, 4))}
+    q, bad = qj.quantize(p, preset), {"kernel": jnp.ones((8, 4)).at[2, 1].set(jnp.nan)}
+    for function in (qj.quantize, qj.fake_quantize):
+        with pytest.raises(ValueError, match="kernel: holds NaN"):
+            function(bad, like=q)
+    # Under jit the bytes are what they are, and both say the same.
+    codes = jax.jit(lambda p: qj.dequantize(qj.quantize(p, like=q)))(bad)["kernel"]
+    fake = jax.jit(lambda p: qj.fake_quantize(p, like=q))(bad)["kernel"]
+    np.testing.assert_array_equal(codes, fake)
+
+
+MISUSE = [
+    (dict(rounding="nearest"), "rounding must be a Rounding"),
+    (dict(symmetric="no"), "symmetric a bool"),
+    (dict(act="a8"), "act must be a QuantSpec"),
+    (dict(stacked=0.5), "stacked must be"),
+    (dict(group=True), "group must be"),
+    (dict(group=4, block=Granularity.TENSOR), "either group or block"),
+    (
+        dict(scale_format=qj.QuantSpec(format=qj.IntFormat(8), group=64)),
+        "in a block given as a shape",
+    ),
+]
+
+
+@pytest.mark.parametrize("fields, message", MISUSE)
+def test_spec_fields_of_another_kind(fields, message):
+    with pytest.raises(ValueError, match=message):
+        qj.QuantSpec(format=qj.IntFormat(4), **fields)
+
+
+def test_what_is_no_policy_and_weights_that_are_none():
+    p = {"kernel": jnp.ones((4, 4))}
+    with pytest.raises(TypeError, match=r"Policy\(otherwise=spec\)"):
+        qj.quantize(p, qj.QuantSpec(format=qj.IntFormat(4)))
+    policy = qj.Policy(otherwise=qj.QuantSpec(format=qj.IntFormat(4), observer=qj.mse(steps=2)))
+    for weights, message in [
+        (jnp.ones((3, 4)), r"kernel: weights of shape \(3, 4\) do not broadcast"),
+        (jnp.zeros((4, 4)), "kernel: weights must be finite, not negative and not all zero"),
+        (-jnp.ones(4), "kernel: weights must be"),
+        (jnp.full(4, jnp.nan), "kernel: weights must be"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            qj.quantize(p, policy, weights={"kernel": weights})
+    with pytest.raises(ValueError, match="kernel: stochastic rounding needs a key"):
+        spec = qj.QuantSpec(format=qj.IntFormat(4), rounding=qj.Rounding.STOCHASTIC)
+        qj.quantize(p, qj.Policy(otherwise=spec))
+    with pytest.raises(ValueError, match="like= rounds to nearest"):
+        qj.quantize(p, like=qj.quantize(p, "w4"), key=jax.random.key(0))
+
+
+def test_a_policy_resolved_for_other_leaves():
+    p = {"kernel": jnp.ones((16, 8))}
+    resolved = qj.preset("w4").resolve(p)
+    for leaf, message in [
+        (qj.quantize(p, "w4")["kernel"], "is quantized already"),
+        (jnp.ones((2, 3, 4)), "its rank is not 2"),
+        (jnp.ones((16, 8), jnp.int32), "int32, not a float"),
+        (1.5, "not an array"),
+    ]:
+        with pytest.raises(ValueError, match=f"kernel: .*{message}"):
+            qj.quantize({"kernel": leaf}, resolved)
+    with pytest.raises(ValueError, match="kernel: like= expects a float array"):
+        qj.quantize({"kernel": jnp.ones((16, 8), jnp.int32)}, like=qj.quantize(p, "w4"))
+
+
+def test_arrays_of_the_host_and_of_odd_byte_order():
+    p = {"kernel": np.arange(8, dtype=">f4").reshape(2, 4)}
+    q = qj.quantize(p, "w8")
+    same = qj.quantize({"kernel": jnp.arange(8.0).reshape(2, 4)}, "w8")
+    np.testing.assert_array_equal(q["kernel"].qvalue, same["kernel"].qvalue)
+    on_host = jax.device_get(q)
+    np.testing.assert_array_equal(qj.dequantize(on_host)["kernel"], qj.dequantize(q)["kernel"])
+    assert qj.summary(on_host, reference=p).rows[0].sqnr_db > 40

@@ -1,5 +1,7 @@
 """Does quantizing an array that is spread over devices give what it gives whole, where it lies?"""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -173,7 +175,7 @@ REFUSED = {
         P(None, "n"),
         r"a block of 32 on axis 1",
     ),
-    "nvfp4": ("nvfp4", P(None, "n"), r"a scale in .* is shared by the whole array"),
+    "nvfp4": ("nvfp4", P(None, "n"), r"a scale in .* is shared by several shards"),
     "codebook": (QuantSpec(format=Codebook.learned(3)), P(None, "n"), r"a learned codebook is"),
 }
 
@@ -183,6 +185,53 @@ def test_what_no_shard_can_do_alone_is_refused(case, kind):
     spec, cut, message = REFUSED[case]
     with pytest.raises(ValueError, match=f"{NAME}: {message}"):
         qj.quantize(put(sample(), kind, "line", cut), policy_of(spec))
+
+
+@pytest.mark.parametrize(
+    "preset, shape, cut",
+    [
+        ("w4g12", (64, 32), P("n")),  # blocks straddle the shards
+        ("w3", (8, 8), P("n")),  # bits straddle bytes
+        ("w4", (32, 16), P("n")),
+        ("mxfp4", (64, 32), P("n")),
+        ("w8", (64, 32), P("n", None)),
+    ],
+)
+def test_codes_cut_after_they_were_made_are_read_right(preset, shape, cut):
+    q = qj.quantize(whole(sample(shape)), preset)
+    mesh = make_mesh("line", AxisType.Auto)
+
+    def put_if_it_fits(a):
+        fits = a.ndim == 2 and a.shape[0] % 8 == 0
+        return jax.device_put(a, NamedSharding(mesh, cut if fits else P()))
+
+    for tree in (
+        jax.tree.map(put_if_it_fits, q),
+        {
+            "mlp": {
+                "kernel": dataclasses.replace(
+                    q["mlp"]["kernel"], qvalue=put_if_it_fits(q["mlp"]["kernel"].qvalue)
+                )
+            }
+        },
+    ):
+        assert_same_bits(qj.dequantize(tree), qj.dequantize(q))
+
+
+def test_a_scale_block_over_several_shards_is_refused(kind):
+    above = QuantSpec(format=IntFormat(8), block=(3, 1))
+    spec = QuantSpec(format=INT4, group=8, scale_format=above)
+    with pytest.raises(ValueError, match=f"{NAME}: a scale in int8 is shared by several shards"):
+        qj.quantize(put(sample((128, 32)), kind, "line", P("n")), policy_of(spec))
+
+
+@pytest.mark.parametrize("shape", [(), (32,), (64, 1)])
+def test_weights_of_lower_rank_are_cut_as_they_broadcast(kind, shape):
+    policy = policy_of(QuantSpec(format=INT4, group=8, observer=qj.mse(steps=4)))
+    weights = whole(jnp.asarray(np.random.default_rng(1).uniform(0.1, 1, shape), jnp.float32))
+    x = sample()
+    q = qj.quantize(put(x, kind, "line", P("n")), policy, weights=weights)
+    assert_same_bits(q, qj.quantize(whole(x), policy, weights=weights))
 
 
 def test_bytes_are_not_split(kind):
