@@ -85,14 +85,19 @@ class Resolved(Mapping):
     def __len__(self) -> int:
         return len(self.leaves)
 
-    def resolve(self, params: Any) -> "Resolved":
-        """Itself, if it fits `params`: the same paths, and floats of the rank it was resolved for
-        where it quantizes. ValueError if not."""
-        named = named_leaves(params)[0]
-        names = [name for name, _ in named]
+    def explain(self, tree: Any) -> "Resolved":
+        """Itself, if `tree`, in which leaves may be quantized already, has the same paths."""
+        names = [name for name, _ in named_leaves(tree)[0]]
         if names != list(self):
             odd = sorted(set(names) ^ set(self)) or names
             raise ValueError(f"this policy was resolved for another tree; it differs in {odd[:5]}.")
+        return self
+
+    def resolve(self, params: Any) -> "Resolved":
+        """Itself, if it fits `params`: the same paths, and floats of the rank it was resolved for
+        where it quantizes. ValueError if not."""
+        self.explain(params)
+        named = named_leaves(params)[0]
         for (name, leaf), (_, resolution) in zip(named, self.leaves, strict=True):
             if resolution.spec is None:
                 continue

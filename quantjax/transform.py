@@ -165,7 +165,7 @@ def _over_leaves(
                 f"{name}: the policy also quantizes activations ({spec.act.format}), which a "
                 f"tree alone can not fake. Use a weight-only policy, such as 'w4' for 'w4a8'."
             )
-        x = _as_float(leaf)
+        x = as_float(leaf)
         placed = placement(x)
         if placed is not None:
             check_whole(name, x, placed, spec)
@@ -194,7 +194,7 @@ def _on(placed: Placement | None, function: Callable[..., Any], *args: Any, **st
     return over_shards(function, placed, *args, **static)
 
 
-def _as_float(leaf: Any) -> jax.Array:
+def as_float(leaf: Any) -> jax.Array:
     """The leaf as a JAX array of at most 32 bits."""
     if isinstance(leaf, jax.Array):
         return leaf.astype(jnp.float32) if leaf.dtype == np.float64 else leaf

@@ -435,3 +435,6 @@ def test_arrays_of_the_host_and_of_odd_byte_order():
     on_host = jax.device_get(q)
     np.testing.assert_array_equal(qj.dequantize(on_host)["kernel"], qj.dequantize(q)["kernel"])
     assert qj.summary(on_host, reference=p).rows[0].sqnr_db > 40
+    wide = {"kernel": p["kernel"].astype(np.float64)}
+    (row,) = qj.summary(qj.quantize(wide, "w8"), reference=wide).rows
+    assert row.note == "float64 in the reference, computed and returned as float32"

@@ -17,7 +17,7 @@ from quantjax.qtensor import QTensor, is_qtensor
 from quantjax.scales import HUGE, TINY
 from quantjax.summary.report import Summary
 from quantjax.summary.rows import Row
-from quantjax.transform import dequantize
+from quantjax.transform import as_float, dequantize
 
 
 def summary(
@@ -117,8 +117,7 @@ def _decisions(
     if policy is None:
         return [None] * len(named)
     policy = preset(policy) if isinstance(policy, str) else policy
-    resolved = policy.explain(tree) if isinstance(policy, Policy) else policy.resolve(tree)
-    return [resolution for _, resolution in resolved.leaves]
+    return [resolution for _, resolution in policy.explain(tree).leaves]
 
 
 def _is_array(leaf: Any) -> bool:
@@ -177,8 +176,13 @@ def _row(name: str, leaf: Any, reference: Any, decision: Resolution | None) -> R
         infinite_blocks=infinite,
         zero_blocks=zero,
         matched=matched,
-        note=_note(leaf, decision),
+        note="; ".join(filter(None, (_note(leaf, decision), _narrowed(leaf, reference)))),
     )
+
+
+def _narrowed(leaf: QTensor, reference: Any) -> str:
+    wide = getattr(reference, "dtype", None) == np.float64 and leaf.dtype != np.float64
+    return f"float64 in the reference, computed and returned as {leaf.dtype}" if wide else ""
 
 
 def _note(leaf: Any, decision: Resolution | None) -> str:
@@ -191,7 +195,10 @@ def _note(leaf: Any, decision: Resolution | None) -> str:
     if spec is None:
         return f"quantized, but the policy keeps it: {decision.reason}"
     notes = [decision.reason] if decision.reason else []
-    if (leaf.format, leaf.act) != (spec.format, spec.act):
+    above = spec.scale_spec.format if spec.scale_spec else spec.scale_format
+    have = (leaf.format, leaf.act, leaf.zero_point is None, _scale_format(leaf.scale))
+    want = (spec.format, spec.act, spec.symmetric, "float32" if above is None else str(above))
+    if have != want:
         notes.append(f"the policy asks for {spec}")
     elif isinstance(spec.block, tuple):
         asked = granularity(leaf.shape, spec.block)
@@ -213,7 +220,7 @@ def sqnr_db(reference: Any, leaf: Any) -> float:
     along the last axis and float64 over the rest.
     """
     xhat = jnp.asarray(dequantize(leaf))
-    x = jax.device_put(reference, xhat.sharding)
+    x = jax.device_put(as_float(reference), xhat.sharding)
     signal, error = (np.asarray(e, np.float64).sum() for e in _energies(x, xhat))
     if math.isnan(signal) or math.isnan(error):
         return math.nan

@@ -48,3 +48,11 @@ def test_policy_errors_pass_through(variables):
         summary(variables, policy="w99")
     with pytest.raises(ValueError, match="another tree"):
         summary({"kernel": jnp.ones((2, 2))}, policy=qj.preset("w8").resolve(variables))
+
+
+def test_policy_notes_another_scale_format():
+    tree = {"kernel": jnp.ones((32, 4))}
+    (row,) = summary(qj.quantize(tree, "mxfp8"), policy="fp8").rows
+    assert "the policy asks for" in row.note
+    (row,) = summary(qj.quantize(tree, "mxfp8"), policy="mxfp8").rows
+    assert row.note == ""
