@@ -1,5 +1,6 @@
 """How long does quantizing take, against merely reading the array and casting it?
 Run: python -m experiments.bench_quantize [--publish]
+Time: two minutes on two cores.
 Result: results/bench_quantize.json. Qwix and torchao are timed beside where they are installed.
 
 One process, interleaved rounds, warmed up, every result waited for; medians and ratios to the

@@ -209,6 +209,8 @@ def _snap_forward(format: Format, block, x, scales: Scales, uniform):
     v = _scaled(x, scales, block)
     if isinstance(format, IntFormat):
         clips = format.clips(v, _spread_zero(scales, x.shape, block))
+    elif isinstance(format, Codebook):
+        clips = format.clips(v, scales.codebook)
     else:
         clips = format.clips(v)
     return _snap(format, block, x, scales, uniform), (clips, scales, uniform)

@@ -304,3 +304,14 @@ def test_traced_levels_give_scale_and_bounds_no_gradient():
         jnp.array([0.2, -9.0]), jnp.float32(1), jnp.float32(-7), jnp.float32(7)
     )
     assert grads[0].tolist() == [1.0, 0.0] and not any(map(float, grads[1:]))
+
+
+def test_the_gradient_of_a_learned_codebook_is_cut_beyond_its_levels():
+    w = {"kernel": jnp.asarray(np.random.default_rng(0).normal(size=(64, 8)), jnp.float32)}
+    like = qj.quantize(w, qj.Policy(otherwise=qj.QuantSpec(format=qj.Codebook.learned(3))))
+    loss = lambda w: qj.fake_quantize(w, like=like)["kernel"].sum()  # noqa: E731
+    gradient = jax.grad(loss)({"kernel": 3 * w["kernel"]})["kernel"]
+    q = like["kernel"]
+    outer = jnp.abs(3 * w["kernel"]) > 1.5 * q.scale
+    assert bool(outer.any()) and bool((gradient[outer] == 0).all())
+    np.testing.assert_array_equal(jax.grad(loss)(w)["kernel"], 1)

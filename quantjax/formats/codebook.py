@@ -104,13 +104,18 @@ class Codebook:
         """The level of each index, float32."""
         return _lookup(jnp.asarray(self.grid) if values is None else values, codes)
 
-    def clips(self, v: Float[Array, "*n"]) -> jax.Array:
-        """Where v is below or above the outermost cells; never for a learned codebook."""
-        if self.learned_bits is not None:
-            return jnp.zeros(v.shape, bool)
-        g = self.grid.astype(np.float64)
-        low, high = g[0] - (g[1] - g[0]) / 2, g[-1] + (g[-1] - g[-2]) / 2
-        return (v < np.float32(low)) | (v > np.float32(high))
+    def clips(
+        self, v: Float[Array, "*n"], values: Float[Array, "*lead k"] | None = None
+    ) -> jax.Array:
+        """Where v is below or above the outermost cells, half a gap beyond their levels. Those of
+        learned levels reach to the range they were learned from, [-1, 1], at least."""
+        table = jnp.asarray(self.grid) if values is None else values
+        half = np.float32(0.5)
+        low = table[..., 0] - (table[..., 1] - table[..., 0]) * half
+        high = table[..., -1] + (table[..., -1] - table[..., -2]) * half
+        if values is not None:  # x / max|x| may round to just above 1
+            low, high = jnp.minimum(low, -np.float32(1.001)), jnp.maximum(high, np.float32(1.001))
+        return (v < _spread(low, v)) | (v > _spread(high, v))
 
 
 def _spread(per_lead: Float[Array, "*lead"], like: jax.Array) -> jax.Array:
