@@ -87,8 +87,11 @@ def _grown(state: Range | None, low: jax.Array, high: jax.Array) -> Range:
     return jnp.minimum(state[0], low), jnp.maximum(state[1], high)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class _AbsMax:
+    def __repr__(self) -> str:
+        return "absmax()"
+
     def init(self, grid: Grid) -> None:
         return None
 
@@ -100,8 +103,11 @@ class _AbsMax:
         return state
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class _MinMax:
+    def __repr__(self) -> str:
+        return "minmax()"
+
     def init(self, grid: Grid) -> None:
         return None
 
@@ -112,9 +118,12 @@ class _MinMax:
         return state
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class _Ema:
     decay: float
+
+    def __repr__(self) -> str:
+        return f"ema({self.decay:g})"
 
     def init(self, grid: Grid) -> None:
         return None
@@ -130,9 +139,12 @@ class _Ema:
         return state
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class _Percentile:
     q: float
+
+    def __repr__(self) -> str:
+        return f"percentile({self.q:g})"
 
     def init(self, grid: Grid) -> None:
         return None
@@ -199,11 +211,14 @@ def _codes(x: Blocked, low: jax.Array, high: jax.Array, grid: Grid):
     return scale, zero_point, grid.format.encode(v)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class _Mse:
     p: float
     steps: int
     lowest: float
+
+    def __repr__(self) -> str:
+        return f"mse({self.p:g}, steps={self.steps}, lowest={self.lowest:g})"
 
     def init(self, grid: Grid) -> None:
         return None

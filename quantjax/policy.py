@@ -269,7 +269,7 @@ def preset(name: str) -> Policy:
     Raises ValueError, with the grammar, for an unknown name.
 
     >>> preset("w4g64").otherwise
-    QuantSpec(int4, group=64, observer=_Mse(p=2.0, steps=100, lowest=0.02))
+    QuantSpec(int4, group=64, observer=mse(2, steps=100, lowest=0.02))
     """
     preset_spec(name)
     return Policy((), otherwise=name)
