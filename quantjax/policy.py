@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from quantjax.axes import resolve_block
+from quantjax.axes import block_of_sites, resolve_block
 from quantjax.blocks import Block
 from quantjax.formats import ExponentFormat, IntFormat, Levels, binary, e2m1, e4m3, nf4, ternary
 from quantjax.observers import mse
@@ -93,9 +93,11 @@ class Resolved(Mapping):
             raise ValueError(f"this policy was resolved for another tree; it differs in {odd[:5]}.")
         return self
 
-    def resolve(self, params: Any) -> "Resolved":
+    def resolve(self, params: Any, sites: Sequence[Any] = ()) -> "Resolved":
         """Itself, if it fits `params`: the same paths, and floats of the rank it was resolved for
-        where it quantizes. ValueError if not."""
+        where it quantizes. ValueError if not, or if `sites` come too late."""
+        if sites:
+            raise ValueError("the policy is resolved already: give sites= to its resolve.")
         self.explain(params)
         named = named_leaves(params)[0]
         for (name, leaf), (_, resolution) in zip(named, self.leaves, strict=True):
@@ -146,8 +148,11 @@ class Policy:
         name = otherwise if isinstance(otherwise, str) else "otherwise"
         object.__setattr__(self, "otherwise_name", name if otherwise is not None else "")
 
-    def resolve(self, params: Any, sites: None = None) -> Resolved:
+    def resolve(self, params: Any, sites: Sequence[Any] = ()) -> Resolved:
         """The explicit spec of every leaf of `params` (arrays or ShapeDtypeStructs).
+
+        With the `sites` of a model, blocks lie along the axes that its products sum over, and
+        the axes that a scan takes off are layers; without, names decide (see `quantjax.axes`).
 
         Raises ValueError for a pattern that no path matches, with the nearest names, for a block
         that does not fit a leaf, and for a leaf that is a QTensor already.
@@ -155,13 +160,15 @@ class Policy:
         named, _ = named_leaves(params)
         for name, leaf in named:
             _refuse_quantized(name, leaf)
-        return self._decide([(name, _facts(leaf)) for name, leaf in named], params)
+        return self._decide([(name, _facts(leaf)) for name, leaf in named], params, sites)
 
     def explain(self, tree: Any) -> Resolved:
         """As `resolve`, on a tree in which leaves may be quantized already."""
         return self._decide([(name, _facts(leaf)) for name, leaf in named_leaves(tree)[0]], tree)
 
-    def _decide(self, named: list[tuple[str, Any]], tree: Any) -> Resolved:
+    def _decide(
+        self, named: list[tuple[str, Any]], tree: Any, sites: Sequence[Any] = ()
+    ) -> Resolved:
         names = [name for name, _ in named]
         regexes = [(pattern, compile_pattern(pattern), spec) for pattern, spec in self.rules]
         for pattern, regex, _ in regexes:
@@ -170,17 +177,18 @@ class Policy:
                     f"pattern {pattern!r} matches no parameter. Nearest: {nearest(pattern, names)}."
                 )
         spared = other_collections(tree)
+        uses = {name: [site for site in sites if site.path == name] for name in names}
         out = []
         for name, facts in named:
             found = next(((p, s) for p, regex, s in regexes if regex.fullmatch(name)), None)
             if found is not None:
-                out.append((name, _resolution(name, facts, found[1], found[0])))
+                out.append((name, _resolution(name, facts, found[1], found[0], uses[name])))
                 continue
             why = "no pattern matches"
             if self.otherwise is not None:
                 why = _spared(name, facts, self.otherwise, spared)
             spec, label = (None, "") if why else (self.otherwise, self.otherwise_name)
-            resolution = _resolution(name, facts, spec, label)
+            resolution = _resolution(name, facts, spec, label, uses[name])
             if spec is None and not _unfit(facts):
                 resolution = dataclasses.replace(resolution, reason=why)
             out.append((name, resolution))
@@ -225,14 +233,20 @@ def _unfit(facts: jax.ShapeDtypeStruct | None) -> str:
     return ""
 
 
-def _resolution(name: str, facts: Any, spec: QuantSpec | None, matched: str) -> Resolution:
+def _resolution(
+    name: str, facts: Any, spec: QuantSpec | None, matched: str, uses: Sequence[Any]
+) -> Resolution:
     unfit = _unfit(facts)
     if unfit or spec is None:
         return Resolution(None, matched, unfit or "kept by the policy")
-    block, remark = resolve_block(name, facts.shape, spec)
+    if uses:
+        spec, remark = block_of_sites(name, facts.shape, spec, uses), ""
+    else:
+        block, remark = resolve_block(name, facts.shape, spec)
+        spec = _with_block(spec, block)
     if facts.dtype == np.float64:
         remark = "; ".join(r for r in (remark, "float64, computed and returned as float32") if r)
-    return Resolution(_with_block(spec, block), matched, remark)
+    return Resolution(spec, matched, remark)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -2,7 +2,7 @@
 
 import functools
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -71,6 +71,7 @@ def quantize(
     like: Any = None,
     key: jax.Array | None = None,
     weights: Any = None,
+    sites: Sequence[Any] = (),
 ) -> Any:
     """The same tree with a QTensor for every leaf the policy wants: q = clip(round(x / s) + z).
 
@@ -78,6 +79,8 @@ def quantize(
     quantized before, whose formats and scales are used again, as after fine-tuning through them.
     key: for stochastic rounding; every leaf folds in its path. weights: a tree like `params`, of
     arrays that broadcast to its leaves or None, that weigh elements in MSE and k-means scales.
+    sites: what `quantjax.sites` found in the model, so that scales follow the axes its products
+    sum over and its scanned layers, instead of the parameters' names.
 
     Leaves that are not floats or that nothing wants pass through; `summary` lists why. Works
     under jit, vmap and eval_shape. Raises ValueError, naming the leaf, for a pattern that
@@ -88,7 +91,7 @@ def quantize(
     >>> q["kernel"]
     QTensor(int8, shape=(2, 2), block=allx1, dtype=float32)
     """
-    return _over_leaves(affine.quantize_array, params, policy, like, key, weights)
+    return _over_leaves(affine.quantize_array, params, policy, like, key, weights, sites)
 
 
 def fake_quantize(
@@ -98,6 +101,7 @@ def fake_quantize(
     like: Any = None,
     key: jax.Array | None = None,
     weights: Any = None,
+    sites: Sequence[Any] = (),
 ) -> Any:
     """D_m(Q_m(params)) in floats: equal to `dequantize(quantize(params, ...))` bit for bit.
 
@@ -110,7 +114,7 @@ def fake_quantize(
     [[1.0, -2.015748...], [0.503937..., 4.0]]
     """
     return _over_leaves(
-        affine.fake_quantize_array, params, policy, like, key, weights, weights_only=True
+        affine.fake_quantize_array, params, policy, like, key, weights, sites, weights_only=True
     )
 
 
@@ -135,6 +139,7 @@ def _over_leaves(
     like: Any,
     key: jax.Array | None,
     weights: Any,
+    sites: Sequence[Any],
     weights_only: bool = False,
 ) -> Any:
     if (policy is None) == (like is None):
@@ -144,13 +149,15 @@ def _over_leaves(
             f"the policy must be a Policy, a preset name or a resolved policy, got {policy!r}. A "
             f"QuantSpec for every weight is Policy(otherwise=spec)."
         )
+    if like is not None and sites:
+        raise ValueError("sites= is for a policy; like= has its blocks already.")
     if like is not None and key is not None:
         raise ValueError("key= is for stochastic rounding by a policy; like= rounds to nearest.")
     named, structure = named_leaves(params)
     given = _given_scales(named, like) if policy is None else {}
     if policy is not None:
         policy = preset(policy) if isinstance(policy, str) else policy
-        specs = [resolution.spec for _, resolution in policy.resolve(params).leaves]
+        specs = [resolution.spec for _, resolution in policy.resolve(params, sites).leaves]
     else:
         specs = [given[i][0] if i in given else None for i in range(len(named))]
     weight = _matching(named, weights)
