@@ -112,7 +112,8 @@ def to_json(value: Any) -> Any:
     name = _NAMES.get(type(value))
     if name is None:
         raise ValueError(
-            f"{value!r:.80} is no format, spec or observer of quantjax, so no file can name it; "
+            f"{value!r:.80} (a {type(value).__name__}) is no format, spec or observer of quantjax, "
+            "so no file can name it; "
             f"use one of {', '.join(_CLASSES)}"
         )
     result: dict[str, Any] = {"type": name}
