@@ -107,11 +107,13 @@ def _torchao(tree: Any) -> dict[str, Callable[[], Any]]:
 
 
 def measure(tree: Any, rounds: int) -> dict[str, list[float]]:
-    """Seconds of every candidate in every round."""
+    """Seconds of every candidate in every round. Each is called once before it is timed: what
+    ran before leaves the allocator with pages that the next call would have to fault in anew."""
     calls = candidates(tree)
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(rounds + 2):
         for name, call in calls.items():
+            jax.block_until_ready(call())
             began = time.perf_counter()
             jax.block_until_ready(call())
             if turn >= 2:

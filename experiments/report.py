@@ -68,7 +68,7 @@ def mean_sd(cell: Mapping[str, float], factor: float = 1.0, digits: int = 2) -> 
     >>> mean_sd({"mean": 0.91234, "sd": 0.001}, 100)
     '91.23 ± 0.10'
     """
-    text = f"{cell['mean'] * factor:.{digits}f}"
+    text = f"{cell['mean'] * factor:z.{digits}f}"  # z: no -0.00
     return f"{text} ± {cell['sd'] * factor:.{digits}f}" if cell["sd"] else text
 
 
