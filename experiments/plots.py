@@ -59,7 +59,8 @@ def _accuracy_panels(payload: Mapping[str, Any]):
     top = payload["summary"]["float"]["accuracy"]["mean"] * 100
     seeds = len(payload["config"]["seeds"])
     noun = "seed" if seeds == 1 else "seeds, mean ± sd"
-    figure.suptitle(f"{payload['config']['dataset']}, {seeds} {noun}", fontsize=11)
+    run = f"{payload['config']['dataset']}, {payload['config']['optimizer']}"
+    figure.suptitle(f"{run}, {seeds} {noun}", fontsize=11)
     for axes in panels:
         axes.axhline(top, color="0.3", linewidth=1, label=f"float32 ({top:.2f} %)")
         axes.grid(alpha=0.25)
@@ -73,7 +74,7 @@ def _accuracy_panels(payload: Mapping[str, Any]):
             longer = row["accuracy"]["mean"] * 100
             label = f"float32, trained as long ({longer:.2f} %)"
             panels[1].axhline(longer, color="#2e8b57", linewidth=1, linestyle=":", label=label)
-            panels[1].legend(handles=panels[1].lines[-1:], loc="center right", fontsize=9)
+            panels[1].legend(handles=panels[1].lines[-1:], loc="best", fontsize=9)
     return figure, panels
 
 
