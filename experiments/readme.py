@@ -14,7 +14,7 @@ from typing import Any
 import tyro
 
 from experiments.report import markdown_table
-from experiments.tables import article_markdown, bench_markdown
+from experiments.tables import article_markdown, bench_markdown, normal_markdown
 
 ROOT = Path(__file__).parent.parent
 SGD = "article_fashion_mnist_sgd"  # one row of the other table too
@@ -39,6 +39,8 @@ def rendered(text: str) -> str:
         payload = _result(match[2])
         if match[2].startswith("bench"):
             table = bench_markdown(payload)
+        elif match[2] == "normal_error":
+            table = normal_markdown(payload)
         else:
             sgd = _result(SGD) if f"{match[2]}_sgd" == SGD else None
             table = article_markdown(payload, sgd)

@@ -111,3 +111,17 @@ def bench_markdown(
         for row in payload["rows"]
     ]
     return columns, rows
+
+
+def normal_markdown(
+    payload: Mapping[str, Any],
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Mean squared error by bits and levels, and in brackets how far it is from the optimum."""
+    kinds = ("half", "full", "narrow", "learned")
+    found = {(row["bits"], row["levels"]): row for row in payload["rows"]}
+    rows = []
+    for bits in dict.fromkeys(row["bits"] for row in payload["rows"]):
+        cells = [found.get((bits, kind)) for kind in kinds]
+        texts = [f"{c['error']['mean']:.5f} ({c['ratio'] - 1:+z.1%})" if c else "" for c in cells]
+        rows.append((str(bits), *texts))
+    return ("bits", "half-integer levels", "full", "narrow", "learned codebook"), rows
