@@ -251,11 +251,10 @@ def test_mse_is_never_worse_than_absmax(fields, seed, power):
 def test_weights_matter_in_the_search():
     x = np.concatenate([normal((200, 1)), np.full((1, 1), 30.0, np.float32)])
     spec = QuantSpec(format=IntFormat(4), block=(None, 1), observer=qj.mse())
-    w = np.ones_like(x)
-    w[-1] = 1e6  # the outlier alone counts
-    heavy = find(x, spec, w)
-    w[-1] = 0.0  # the outlier does not count
-    light = find(x, spec, w)
+    # Two arrays: JAX may read the memory of NumPy's after the call has returned.
+    alone, without = np.ones_like(x), np.ones_like(x)
+    alone[-1], without[-1] = 1e6, 0.0  # the outlier is all that counts, or does not count
+    heavy, light = find(x, spec, alone), find(x, spec, without)
     y = affine.fake_quantize_array(jnp.asarray(x), heavy, spec=spec)
     assert abs(float(y[-1, 0]) - 30) < 1e-2
     assert float(light.scale[0, 0]) < 0.2 * float(heavy.scale[0, 0])

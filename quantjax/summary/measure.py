@@ -39,7 +39,7 @@ def summary(
     >>> print(summary(quantize(w, "w8"), policy="w8"))
     path    shape  format   block        bytes   bits  matched by
     ------  -----  -------  -----------  -----  -----  ----------
-    bias    4      float32                  16  32.00  w8
+    bias    4      float32                  16  32.00
     kernel  4x4    int8     per channel     32  16.00  w8
     ------  -----  -------  -----------  -----  -----  ----------
     total                                   48  19.20
