@@ -1,6 +1,6 @@
 """How near is the MSE search to the best uniform step, and k-means to the best codebook?
 Run: python -m experiments.normal_error [--publish]
-Time: two minutes on two cores.
+Time: a quarter of a minute on two cores.
 Result: results/normal_error.json: mean squared error of 10^6 standard normal values, 3 seeds, next
 to the optimum: of uniform levels from the integral over the density, of any levels from Max 1960,
 "Quantizing for minimum distortion", table I."""

@@ -2,7 +2,6 @@
 Jacob et al. 2018, arXiv:1712.05877, equation 1; Bengio et al. 2013, arXiv:1308.3432 (the
 straight-through estimator)."""
 
-import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -12,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Integer
 
 from quantjax.blocks import Block, sizes, split, spread
-from quantjax.formats import Codebook, ExponentFormat, Format, IntFormat
+from quantjax.formats import Codebook, ExponentFormat, Format, IntFormat, is_learned
 from quantjax.kmeans import fit_levels
 from quantjax.observers import Grid, magnitude, observe
 from quantjax.packing import pack, packed_axis, unpack
@@ -62,7 +61,7 @@ def find_scales(x: Float[Array, "*n"], spec: QuantSpec, weights: Any = None) -> 
         low, high, spec.format, symmetric=spec.symmetric, scale_format=spec.scale_format
     )
     format = spec.format
-    if isinstance(format, Codebook) and format.learned_bits is not None:
+    if is_learned(format):
         weights = jnp.ones(x.shape, jnp.float32) if weights is None else weights
         step = spread(scale, x.shape, block)
         # Squared errors weigh by the step squared: relative to the largest, which can not overflow.
@@ -82,7 +81,7 @@ def find_scales(x: Float[Array, "*n"], spec: QuantSpec, weights: Any = None) -> 
     if spec.scale_spec is not None:
         nested = spec.scale_spec
         if isinstance(nested.block, Granularity):
-            nested = _with_block(nested, (None,) * len(block))
+            nested = nested.with_block((None,) * len(block))
         return Scales(quantize_array(scale, find_scales(scale, nested), spec=nested))
     if zero_point is not None and isinstance(spec.format, IntFormat):
         zero_point = zero_point.astype(spec.format.code_dtype)
@@ -92,10 +91,6 @@ def find_scales(x: Float[Array, "*n"], spec: QuantSpec, weights: Any = None) -> 
 def finite_blocks(x: Float[Array, "*n"], spec: QuantSpec) -> Bool[Array, "*b"]:
     """Per block of x, whether it holds neither NaN nor infinity."""
     return jnp.isfinite(magnitude(split(jax.lax.stop_gradient(x), spec.block_shape)))
-
-
-def _with_block(spec: QuantSpec, block: tuple[int | None, ...]) -> QuantSpec:
-    return dataclasses.replace(spec, block=block, group=None)
 
 
 def _spread_zero(scales: Scales, shape: tuple[int, ...], block: Block) -> jax.Array | None:

@@ -89,7 +89,7 @@ def block_of_sites(
         )
     spec = dataclasses.replace(spec, stacked=layers.pop())
     if spec.block is not Granularity.CHANNEL:
-        return dataclasses.replace(spec, block=resolve_block(name, shape, spec)[0], group=None)
+        return spec.with_block(resolve_block(name, shape, spec)[0])
     shape = shape[spec.stacked :]
     products = [site for site in sites if site.contracting]
     if len({frozenset(site.contracting) for site in products}) > 1:
@@ -107,5 +107,4 @@ def block_of_sites(
     else:
         shared = {axis for site in sites for axis in site.batch}
         inner = [axis for axis in reversed(range(len(shape))) if axis not in shared]
-    block = _along(shape, inner, spec.group)
-    return dataclasses.replace(spec, block=block, group=None)
+    return spec.with_block(_along(shape, inner, spec.group))

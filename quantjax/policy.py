@@ -1,7 +1,6 @@
 """Which parameters are quantized, and how? Ordered patterns on key paths; presets by name."""
 
 import dataclasses
-import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -11,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from quantjax.axes import block_of_sites, resolve_block
-from quantjax.blocks import Block
 from quantjax.formats import ExponentFormat, IntFormat, Levels, binary, e2m1, e4m3, nf4, ternary
 from quantjax.observers import mse
 from quantjax.paths import compile_pattern, named_leaves, nearest, other_collections
@@ -243,16 +241,10 @@ def _resolution(
         spec, remark = block_of_sites(name, facts.shape, spec, uses), ""
     else:
         block, remark = resolve_block(name, facts.shape, spec)
-        spec = _with_block(spec, block)
+        spec = spec.with_block(block)
     if facts.dtype == np.float64:
         remark = "; ".join(r for r in (remark, "float64, computed and returned as float32") if r)
     return Resolution(spec, matched, remark)
-
-
-@functools.lru_cache(maxsize=1024)
-def _with_block(spec: QuantSpec, block: Block) -> QuantSpec:
-    """Cached, as checking a spec anew takes a good part of the time of quantizing a small leaf."""
-    return dataclasses.replace(spec, block=block, group=None)
 
 
 def _spared(name: str, facts: Any, spec: QuantSpec | None, collections: frozenset[str]) -> str:

@@ -22,15 +22,16 @@ class Rounding(enum.Enum):
     STOCHASTIC = "stochastic"
 
 
-def noise(rounding: Rounding, key: jax.Array | None, shape: tuple[int, ...]):
+def noise(rounding: Rounding, key: jax.Array | None, shape: tuple[int, ...], *, name: str = ""):
     """Uniform noise in [0, 1) for stochastic rounding, None for nearest.
 
-    Raises ValueError if stochastic rounding has no key.
+    Raises ValueError, with the name of what is rounded, if stochastic rounding has no key.
     """
     if rounding is Rounding.NEAREST:
         return None
     if key is None:
-        raise ValueError("Rounding.STOCHASTIC needs a key: pass key=jax.random.key(seed).")
+        where = f"{name}: " if name else ""
+        raise ValueError(f"{where}stochastic rounding needs a key: key=jax.random.key(seed).")
     sample: Float[Array, "*n"] = jax.random.uniform(key, shape, jnp.float32)
     return sample
 

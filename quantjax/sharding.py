@@ -14,7 +14,7 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from quantjax.blocks import Block, counts, sizes
-from quantjax.formats import Codebook, ExponentFormat, Format
+from quantjax.formats import ExponentFormat, Format, is_learned
 from quantjax.packing import packed_axis
 from quantjax.qtensor import QTensor, is_qtensor
 from quantjax.spec import Granularity, QuantSpec
@@ -52,7 +52,7 @@ def check_whole(name: str, x: jax.Array, placed: Placement, spec: QuantSpec) -> 
     """Raises ValueError, naming the leaf, unless each shard holds whole blocks and bytes."""
     above = spec.scale_spec
     if above is not None and isinstance(above.block, Granularity):
-        above = dataclasses.replace(above, block=(None,) * len(spec.block_shape))
+        above = above.with_block((None,) * len(spec.block_shape))
     scale = None if above is None else (above.format, above.block_shape)
     why = _obstacle(x.shape, placed, spec.format, spec.block_shape, scale)
     if why:
@@ -89,8 +89,7 @@ def _obstacle(
                 f"a block of {b} on axis {axis} does not fit in shards of {n} "
                 f"({shape[axis]} over {shards} devices). Use a group that divides {n}."
             )
-    learned = isinstance(format, Codebook) and format.learned_bits is not None
-    if learned and max(placed.shards[lead:]) > 1:
+    if is_learned(format) and max(placed.shards[lead:]) > 1:
         return f"a learned codebook is shared by all of its {placed.shards} shards."
     if scale is not None:
         why = _obstacle(counts(shape, block), placed, *scale, None)

@@ -2,9 +2,10 @@
 
 import dataclasses
 import enum
+import functools
 
 from quantjax.blocks import Block
-from quantjax.formats import Codebook, ExponentFormat, Format, IntFormat
+from quantjax.formats import ExponentFormat, Format, IntFormat, is_learned
 from quantjax.observers import Observer, absmax
 from quantjax.rounding import Rounding
 
@@ -86,8 +87,7 @@ class QuantSpec:
                 )
             if self.scale_format is not None:
                 raise ValueError("QuantSpec: a quantized scale needs a symmetric grid.")
-        learned = isinstance(self.format, Codebook) and self.format.learned_bits is not None
-        if learned and (self.scale_format is not None or self.observer != absmax()):
+        if is_learned(self.format) and (self.scale_format is not None or self.observer != absmax()):
             raise ValueError("QuantSpec: a learned codebook fits absmax() and float scales.")
 
     def _check_kinds(self) -> None:
@@ -110,6 +110,12 @@ class QuantSpec:
                 "QuantSpec: scales are rounded to nearest, in a block given as a shape; a group "
                 f"or stochastic rounding is not for them, got {above!r}."
             )
+
+    @functools.lru_cache(maxsize=1024)  # noqa: B019 - specs are few, small values
+    def with_block(self, block: Block) -> "QuantSpec":
+        """The same with an explicit block. Cached, as checking a spec anew takes a good part of
+        the time of quantizing a small leaf."""
+        return dataclasses.replace(self, block=block, group=None)
 
     @property
     def block_shape(self) -> Block:

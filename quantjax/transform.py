@@ -11,12 +11,12 @@ import numpy as np
 
 from quantjax import affine
 from quantjax.affine import Scales
-from quantjax.formats import Codebook, ExponentFormat
+from quantjax.formats import ExponentFormat, is_learned
 from quantjax.observers import absmax, minmax
 from quantjax.paths import named_leaves
 from quantjax.policy import Policy, Resolved, preset
 from quantjax.qtensor import QTensor, is_qtensor
-from quantjax.rounding import Rounding, noise
+from quantjax.rounding import noise
 from quantjax.sharding import Placement, check_whole, over_shards, placement, stands_alone
 from quantjax.spec import QuantSpec
 
@@ -39,9 +39,8 @@ def _apply(
     *,
     transform: Transform,
     spec: QuantSpec,
-) -> tuple[Any, jax.Array]:
-    """The transformed leaf, and per block whether it is finite."""
-    return transform(x, scales, uniform, spec=spec), affine.finite_blocks(x, spec)
+) -> Any:
+    return transform(x, scales, uniform, spec=spec)
 
 
 @functools.partial(jax.jit, static_argnames=("transform", "spec"))
@@ -57,10 +56,10 @@ def _exact(spec: QuantSpec) -> bool:
     """Whether scales, and their own if they are quantized, come of comparisons without a sum."""
     if spec.scale_spec is not None and not _exact(spec.scale_spec):
         return False
-    learned = isinstance(spec.format, Codebook) and spec.format.learned_bits is not None
-    return spec.observer in (absmax(), minmax()) and not learned
+    return spec.observer in (absmax(), minmax()) and not is_learned(spec.format)
 
 
+_finite = jax.jit(affine.finite_blocks, static_argnames="spec")
 _dequantize = jax.jit(affine.dequantize_array)
 
 
@@ -177,17 +176,16 @@ def _over_leaves(
         if placed is not None:
             check_whole(name, x, placed, spec)
         leaf_key = None if key is None else jax.random.fold_in(key, zlib.crc32(name.encode()))
-        if spec.rounding is Rounding.STOCHASTIC and key is None:
-            raise ValueError(f"{name}: stochastic rounding needs a key: key=jax.random.key(seed).")
-        uniform = noise(spec.rounding, leaf_key, x.shape)
+        uniform = noise(spec.rounding, leaf_key, x.shape, name=name)
         how = {"transform": transform, "spec": spec}
         if i in given:
-            out, finite = _on(placed, _apply, x, given[i][1], uniform, **how)
+            finite = _on(placed, _finite, x, spec=spec)
+            out = _on(placed, _apply, x, given[i][1], uniform, **how)
         elif _exact(spec):
             out, finite = _on(placed, _find_and_apply, x, uniform, **how)
         else:
             scales, finite = _on(placed, _find, x, weight[i], spec=spec)
-            out, _ = _on(placed, _apply, x, scales, uniform, **how)
+            out = _on(placed, _apply, x, scales, uniform, **how)
         leaves.append(out)
         checks.append((name, finite))
     _raise_if_not_finite(checks)

@@ -9,6 +9,12 @@ from quantjax.formats.integer import IntFormat, Levels
 
 Format = IntFormat | FloatFormat | Codebook
 
+
+def is_learned(format: object) -> bool:
+    """Whether the levels are learned, and so lie with the array instead of in the format."""
+    return isinstance(format, Codebook) and format.learned_bits is not None
+
+
 int8 = IntFormat(8)
 int4 = IntFormat(4)
 ternary = IntFormat(2, levels=Levels.NARROW)
@@ -40,6 +46,7 @@ __all__ = [
     "e8m0",
     "int4",
     "int8",
+    "is_learned",
     "nf4",
     "ternary",
 ]

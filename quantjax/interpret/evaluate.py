@@ -96,7 +96,7 @@ def _equation(machine: Machine, eqn: Any, inputs: list[Value], place: Place) -> 
     if out is not None:
         return out
     reason = "dequantized here: no rule for this operation"
-    return compat.rebind(eqn, [machine.array(x, place, name, reason) for x in inputs])
+    return compat.rebind(eqn, _arrays(machine, inputs, place, name, reason))
 
 
 def _has_products(eqn: Any) -> bool:
@@ -113,7 +113,7 @@ def _jit(machine: Machine, eqn: Any, inputs: list[Value], place: Place) -> list[
     if compat.is_plain_jit(eqn.params):
         return evaluate(machine, eqn.params["jaxpr"], inputs, place)
     reason = "dequantized here: a nested jit with shardings or compiler options"
-    return compat.rebind(eqn, [machine.array(x, place, "jit", reason) for x in inputs])
+    return compat.rebind(eqn, _arrays(machine, inputs, place, "jit", reason))
 
 
 def _remat(machine: Machine, eqn: Any, inputs: list[Value], place: Place) -> list[Value]:
@@ -188,7 +188,7 @@ def _while(machine: Machine, eqn: Any, inputs: list[Value], place: Place) -> lis
 def _opaque(machine: Machine, eqn: Any, inputs: list[Value], place: Place) -> list[Value]:
     reason = "dequantized here: a function with a derivative of its own is not entered"
     name = eqn.primitive.name
-    return compat.rebind(eqn, [machine.array(x, place, name, reason) for x in inputs])
+    return compat.rebind(eqn, _arrays(machine, inputs, place, name, reason))
 
 
 def _arrays(

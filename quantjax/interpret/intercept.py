@@ -1,7 +1,7 @@
 """Run an unmodified function on a tree with quantized leaves: trace, then evaluate."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +19,19 @@ from quantjax.qtensor import QTensor, is_qtensor
 
 def _is_array(leaf: Any) -> bool:
     return isinstance(leaf, QTensor | jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
+
+
+def _split(leaves: Sequence[Any]) -> tuple[list[Any], Callable[..., list[Any]]]:
+    """The arrays among the leaves, and what puts others in their places, the rest kept."""
+    moving = [i for i, leaf in enumerate(leaves) if _is_array(leaf)]
+
+    def refill(arrays: Sequence[Any]) -> list[Any]:
+        filled = list(leaves)
+        for i, array in zip(moving, arrays, strict=True):
+            filled[i] = array
+        return filled
+
+    return [leaves[i] for i in moving], refill
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -42,25 +55,22 @@ def _run(machine: Machine, apply: Callable[..., Any], args: tuple, kwargs: dict)
         )
     leaves = [*(leaf for _, leaf in named), *other_leaves]
     names = [name for name, _ in named] + [None] * len(other_leaves)
-    moving = [i for i, leaf in enumerate(leaves) if _is_array(leaf)]
+    moving, refill = _split(leaves)
+    names = [name for name, leaf in zip(names, leaves, strict=True) if _is_array(leaf)]
     out_structure = None
 
     def flat(*arrays: Any) -> list[Any]:
         nonlocal out_structure
-        filled = list(leaves)
-        for i, array in zip(moving, arrays, strict=True):
-            filled[i] = array
+        filled = refill(arrays)
         first = jax.tree.unflatten(tree_structure, filled[: len(named)])
         rest, words = jax.tree.unflatten(other_structure, filled[len(named) :])
         out, out_structure = jax.tree.flatten(apply(first, *rest, **words))
         return out
 
-    jaxpr = jax.make_jaxpr(flat)(*(_abstract(leaves[i]) for i in moving))
-    _check_used(jaxpr, [names[i] if is_qtensor(leaves[i]) else None for i in moving])
-    values = []
-    for i in moving:
-        name = names[i]
-        values.append(leaves[i] if name is None else param(_as_leaf(leaves[i]), name))
+    jaxpr = jax.make_jaxpr(flat)(*map(_abstract, moving))
+    named_arrays = list(zip(names, moving, strict=True))
+    _check_used(jaxpr, [name if is_qtensor(leaf) else None for name, leaf in named_arrays])
+    values = [x if name is None else param(_as_leaf(x), name) for name, x in named_arrays]
     out = evaluate(machine, jaxpr, values, Place())
     assert out_structure is not None
     return jax.tree.unflatten(
@@ -146,14 +156,11 @@ def _record(apply: Callable[..., Any], args: tuple, kwargs: dict) -> Record:
     """What an evaluation on abstract values notes."""
     record = Record()
     leaves, structure = jax.tree.flatten((args, kwargs), is_leaf=is_qtensor)
-    moving = [i for i, leaf in enumerate(leaves) if _is_array(leaf)]
+    moving, refill = _split(leaves)
 
     def traced(*arrays: Any) -> Any:
-        filled = list(leaves)
-        for i, array in zip(moving, arrays, strict=True):
-            filled[i] = array
-        rest, words = jax.tree.unflatten(structure, filled)
+        rest, words = jax.tree.unflatten(structure, refill(arrays))
         return _run(Machine(record), apply, rest, words)
 
-    jax.eval_shape(traced, *(leaves[i] for i in moving))
+    jax.eval_shape(traced, *moving)
     return record

@@ -56,10 +56,10 @@ class Place:
     module: str = ""
     calls: int = 1
 
-    def inside(self, eqn: Any, name: str, calls: int = 1) -> "Place":
+    def inside(self, eqn: Any, name: str) -> "Place":
         """The place of an equation of this body, or of the body it calls."""
         module = "/".join(part for part in (self.module, name) if part)
-        return Place((*self.key, id(eqn)), module, self.calls * calls)
+        return Place((*self.key, id(eqn)), module, self.calls)
 
 
 class Record:

@@ -3,7 +3,6 @@
 y = s_x s_w (q_x . q_w): both scales are constant along the sum, so they come after it. Jacob et
 al. 2018, arXiv:1712.05877, section 2.2, with a symmetric activation and one scale per row."""
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -75,7 +74,7 @@ def integer_dot(
     x = jnp.transpose(x, [*bx, *rows, *cx]).astype(jnp.float32)
     x = x.reshape(*x.shape[:lead], -1, *x.shape[lead + len(rows) :])
     block = (1,) * (lead + 1) + (None,) * len(cx)
-    found = find_scales(x, dataclasses.replace(act, block=block, group=None))
+    found = find_scales(x, act.with_block(block))
     s_x = scale_values(found.scale)
     assert isinstance(act.format, IntFormat)
     codes = act.format.encode(x * inverse(s_x))
@@ -123,7 +122,7 @@ def fake_rows(x: Float[Array, "*x"], act: QuantSpec, summed: Sequence[int]) -> F
     """x rounded as `integer_dot` rounds it, in floats: one scale for each row, which are the
     elements that one output sums over. Gradient straight-through."""
     block = tuple(None if a in summed else 1 for a in range(x.ndim))
-    spec = dataclasses.replace(act, block=block, group=None)
+    spec = act.with_block(block)
     return fake_quantize_array(x, find_scales(x, spec), spec=spec)
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from quantjax.blocks import sizes
-from quantjax.formats import Codebook
+from quantjax.formats import is_learned
 from quantjax.packing import packed_length
 from quantjax.qtensor import QTensor
 from quantjax.storage import statics
@@ -216,7 +216,7 @@ def check_qtensor(q: QTensor) -> None:
             raise ValueError(
                 f"{name}: expected one per block, {tuple(blocks)}, got shape {child.shape}"
             )
-    learned = isinstance(q.format, Codebook) and q.format.learned_bits is not None
+    learned = is_learned(q.format)
     if learned != (q.codebook is not None):
         raise ValueError(f"codebook: {q.format} {'needs one' if learned else 'takes none'}")
     if q.codebook is not None and (
