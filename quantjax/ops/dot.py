@@ -22,7 +22,8 @@ from quantjax.affine import (
 )
 from quantjax.blocks import counts
 from quantjax.formats import IntFormat
-from quantjax.ops.u8s8 import DimensionNumbers, u8s8_dot
+from quantjax.ops.forms import DimensionNumbers
+from quantjax.ops.integer import integer_dot_general
 from quantjax.qtensor import QTensor
 from quantjax.rounding import low_byte
 from quantjax.scales import inverse
@@ -80,12 +81,7 @@ def integer_dot(
     codes = act.format.encode(x * inverse(s_x))
     w, factor = _integers(q)
     numbers = ((tuple(range(lead + 1, x.ndim)), tuple(cw)), (tuple(range(lead)), tuple(bw)))
-    y = lax.platform_dependent(
-        codes,
-        w,
-        cpu=functools.partial(_shifted, numbers=numbers),
-        default=functools.partial(_signed, numbers=numbers),
-    )
+    y = integer_dot_general(low_byte(codes, np.int8), w, numbers)
     s_w = scale_values(q.scale) * np.float32(1 / factor)
     s_w = jnp.broadcast_to(s_w, [1 if a in cw else n for a, n in enumerate(q.shape)])
     s_w = jnp.transpose(s_w, [*bw, *free, *cw])
@@ -124,20 +120,3 @@ def fake_rows(x: Float[Array, "*x"], act: QuantSpec, summed: Sequence[int]) -> F
     block = tuple(None if a in summed else 1 for a in range(x.ndim))
     spec = act.with_block(block)
     return fake_quantize_array(x, find_scales(x, spec), spec=spec)
-
-
-def _shifted(codes: jax.Array, w: jax.Array, numbers: DimensionNumbers) -> jax.Array:
-    """(c + 128) w - 128 sum w, c + 128 unsigned. A row of ones gives the sums, in the same
-    product; it also keeps a single row off the slow path of matrix-vector products."""
-    axis = len(numbers[1][0])
-    unsigned = low_byte(codes + np.float32(128), np.uint8)
-    ones = jnp.ones_like(lax.slice_in_dim(unsigned, 0, 1, axis=axis))
-    y = u8s8_dot(jnp.concatenate([unsigned, ones], axis), w, numbers)
-    rows = y.shape[axis] - 1
-    sums = lax.slice_in_dim(y, rows, rows + 1, axis=axis)
-    return lax.slice_in_dim(y, 0, rows, axis=axis) - 128 * sums
-
-
-def _signed(codes: jax.Array, w: jax.Array, numbers: DimensionNumbers) -> jax.Array:
-    signed = low_byte(codes, np.int8)
-    return lax.dot_general(signed, w, numbers, preferred_element_type=jnp.int32)
