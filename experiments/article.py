@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+import flax.linen as nn
 import numpy as np
 import optax
 import tyro
@@ -26,7 +27,13 @@ from experiments.models import ArticleCNN, initialize, training_apply
 from experiments.post_training import Judge, fitting, policy
 from experiments.report import environment, print_table, write_json
 from experiments.tables import aggregate, table_rows
-from experiments.train import TrainConfig, classification_loss, steps_per_epoch, train
+from experiments.train import (
+    TrainConfig,
+    TrainResult,
+    classification_loss,
+    steps_per_epoch,
+    train,
+)
 
 console = Console(stderr=True)
 
@@ -89,29 +96,36 @@ def make_optimizer(config: Settings, steps: int) -> optax.GradientTransformation
     return optax.sgd(config.learning_rate, momentum)
 
 
-def run_seed(config: Config, chosen: Settings, seed: int) -> dict[str, Any]:
-    """Everything for one seed, as it goes into the JSON."""
+def trained(config: Config, chosen: Settings, seed: int) -> tuple[Judge, TrainResult]:
+    """The float network of one seed, and what evaluates it. Kept on disk, so trained once."""
     data = load(config.dataset, data_dir=config.data_dir, seed=seed)
     model = ArticleCNN(batch_norm=config.batch_norm, classes=data.classes)
     # One folder for each way to train, so that another one does not meet its checkpoints.
     name = f"{chosen.optimizer}{chosen.learning_rate:g}_{chosen.epochs}x{chosen.batch_size}"
     name += "_bn" if config.batch_norm else ""
     folder = config.out / config.dataset / name / f"seed{seed}"
-    # Without state the default loss serves; batch statistics need the training pass.
-    loss_fn = classification_loss(training_apply(model)) if config.batch_norm else None
     steps = chosen.epochs * steps_per_epoch(len(data.train_labels), chosen.batch_size)
-    note = f"{config.dataset}, seed {seed}"
-    console.print(f"{note}: training the float network, {chosen.epochs} epochs")
+    console.print(f"{config.dataset}, seed {seed}: the float network, {chosen.epochs} epochs")
     result = train(
         model.apply,
         initialize(model, data.image_shape, seed=seed),
         data,
         TrainConfig(make_optimizer(chosen, steps), chosen.epochs, chosen.batch_size, seed),
-        loss_fn=loss_fn,
+        loss_fn=_loss(config, model),
         run_dir=folder,
     )
-    params = result.params
-    judge = Judge(model, data, folder)
+    return Judge(model, data, folder), result
+
+
+def _loss(config: Config, model: nn.Module) -> Callable[..., Any] | None:
+    """Without state the default serves; batch statistics need the training pass."""
+    return classification_loss(training_apply(model)) if config.batch_norm else None
+
+
+def run_seed(config: Config, chosen: Settings, seed: int) -> dict[str, Any]:
+    """Everything for one seed, as it goes into the JSON."""
+    judge, result = trained(config, chosen, seed)
+    params, folder = result.params, judge.scratch
     qj.save(folder / "float.qj.safetensors", params)
     scores, _ = judge.test(params)
     float_row = {
@@ -123,6 +137,7 @@ def run_seed(config: Config, chosen: Settings, seed: int) -> dict[str, Any]:
     }
     print(article_line(float_row))
 
+    note = f"{config.dataset}, seed {seed}"
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("")
@@ -135,13 +150,13 @@ def run_seed(config: Config, chosen: Settings, seed: int) -> dict[str, Any]:
         print(article_line(row))
 
     tuned = {}
-    ft = _fine_tuning(chosen)
+    ft, loss_fn = _fine_tuning(chosen), _loss(config, judge.model)
     # Training longer helps by itself: the float network is trained on as well, for comparison.
     for fmt in ("float32", *fine_tune.FORMATS) if chosen.fine_tune_epochs else ():
         console.print(f"{note}: fine-tuning {fmt}, {ft.epochs} epochs")
         rules = None if fmt == "float32" else fitting(policy(fmt, qj.mse()), params)
         tuned[fmt] = fine_tune.fine_tune(
-            model.apply, params, rules, data, ft,
+            judge.apply, params, rules, judge.data, ft,
             seed=seed, loss_fn=loss_fn, run_dir=folder / f"{fmt}-tuned{ft.epochs}",
         )  # fmt: skip
         rows.append(judge.row(fmt, "fine-tuned", tuned[fmt], params))

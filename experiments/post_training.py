@@ -1,7 +1,7 @@
 """What does quantizing a trained network cost, without training it again?
 
-The rows of the article's experiment: bits and ternary under three kinds of scales; its printed
-rule taken at its word; a sweep of S."""
+The rows of the article's experiment: bits and ternary under three kinds of scales; 8-bit
+activations; its printed rule taken at its word; a sweep of S."""
 
 import dataclasses
 import math
@@ -40,16 +40,20 @@ class Judge:
         """(variables, images) -> logits."""
         return self.model.apply
 
+    def _run(self, tree: Any) -> Callable[..., Any]:
+        """The network itself on floats, intercepted on quantized parameters."""
+        return qj.intercept(self.apply) if any(map(_is_q, _leaves(tree))) else self.apply
+
     def validation(self, tree: Any) -> float:
         """Accuracy on the validation images."""
         images = self.data.normalize(self.data.validation_images)
-        return evaluate(self.apply, tree, images, self.data.validation_labels)[1]
+        return evaluate(self._run(tree), tree, images, self.data.validation_labels)[1]
 
     def test(self, tree: Any) -> tuple[dict[str, Any], np.ndarray]:
         """Loss and accuracy on the test images, as the article prints them; predictions."""
         images = self.data.normalize(self.data.test_images)
         labels = self.data.test_labels
-        loss, accuracy, predictions = evaluate(self.apply, tree, images, labels)
+        loss, accuracy, predictions = evaluate(self._run(tree), tree, images, labels)
         correct = int((predictions == labels).sum())
         return {
             "loss": loss,
@@ -59,16 +63,20 @@ class Judge:
         }, predictions
 
     def row(self, name: str, method: str, tree: Any, reference: Any) -> dict[str, Any]:
-        """Everything the tables show of one quantized tree, its size on disk measured."""
+        """Everything the tables show of one quantized tree, its size on disk measured.
+
+        Weights alone are dequantized before; where activations are quantized too, products run
+        as `intercept` computes them."""
         path = self.scratch / "row.qj.safetensors"
         qj.save(path, tree)
         floats = qj.dequantize(tree)
-        scores, _ = self.test(floats)
+        seen = tree if any(_is_q(x) and x.act for x in _leaves(tree)) else floats
+        scores, _ = self.test(seen)
         return {
             "format": name,
             "method": method,
             **scores,
-            "validation_accuracy": self.validation(floats),
+            "validation_accuracy": self.validation(seen),
             "bytes": path.stat().st_size,
             "bits_per_weight": qj.summary(tree).totals.bits_per_weight,
             "sqnr_db": _sqnr(reference, floats),
@@ -134,7 +142,8 @@ def quantized_rows(
     make: Callable[[str, str], Any],
     progress: Callable[[str], None],
 ) -> list[dict[str, Any]]:
-    """One row per format and kind of scales, one with the biases too, one for the printed rule."""
+    """One row per format and kind of scales; one with the biases too; 8-bit activations, with
+    scales of each input and, as calibrated, of each layer; one for the printed rule."""
     rows = []
     for name in FORMATS:
         for method in METHODS:
@@ -143,6 +152,13 @@ def quantized_rows(
     progress("with biases")
     tree = qj.quantize(params, fitting(policy("w8", qj.absmax(), biases=True), params))
     rows.append(judge.row("w8", "absmax, biases too", tree, params))
+    progress("8-bit activations")
+    rules = fitting(policy("w8a8", qj.absmax()), params)
+    rows.append(judge.row("w8a8", "dynamic", qj.quantize(params, rules), params))
+    if hasattr(qj, "calibrate"):
+        images = judge.data.normalize(judge.data.train_images[:IMAGES])
+        tree = qj.calibrate(judge.apply, params, jnp.split(images, 8), rules)
+        rows.append(judge.row("w8a8", "static", tree, params))
     progress("printed rule")
     rows.append(judge.row("w8", "printed rule", literal_rule(params), params))
     return rows
@@ -181,6 +197,10 @@ def sweep_scale(judge: Judge, params: Any, bits: int = 4) -> dict[str, Any]:
 
 def _is_q(x: Any) -> bool:
     return isinstance(x, qj.QTensor)
+
+
+def _leaves(tree: Any) -> list[Any]:
+    return jax.tree.leaves(tree, is_leaf=_is_q)
 
 
 def _per_tensor(params: Any, spec: qj.QuantSpec, observer: qj.Observer) -> Any:

@@ -14,10 +14,22 @@ from typing import Any
 import tyro
 
 from experiments.report import markdown_table
-from experiments.tables import article_markdown, bench_markdown, normal_markdown
+from experiments.tables import (
+    activations_markdown,
+    article_markdown,
+    bench_markdown,
+    inference_markdown,
+    normal_markdown,
+)
 
 ROOT = Path(__file__).parent.parent
 SGD = "article_fashion_mnist_sgd"  # one row of the other table too
+MAKERS = {
+    "activations": activations_markdown,
+    "bench_quantize": bench_markdown,
+    "bench_inference": inference_markdown,
+    "normal_error": normal_markdown,
+}
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -37,10 +49,8 @@ def rendered(text: str) -> str:
 
     def table(match: re.Match[str]) -> str:
         payload = _result(match[2])
-        if match[2].startswith("bench"):
-            table = bench_markdown(payload)
-        elif match[2] == "normal_error":
-            table = normal_markdown(payload)
+        if match[2] in MAKERS:
+            table = MAKERS[match[2]](payload)
         else:
             sgd = _result(SGD) if f"{match[2]}_sgd" == SGD else None
             table = article_markdown(payload, sgd)

@@ -59,6 +59,13 @@ def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 METHODS = ("absmax", "mse", "output", "fine-tuned")
+# Rows of their own, under absmax.
+OTHERS = (
+    ("w8", "absmax, biases too"),
+    ("w8a8", "dynamic"),
+    ("w8a8", "static"),
+    ("w8", "printed rule"),
+)
 
 
 def article_markdown(
@@ -77,13 +84,14 @@ def article_markdown(
     if sgd is not None:
         accuracy = mean_sd(sgd["summary"]["float"]["accuracy"], 100)
         rows.append(("float32, the article's SGD", size, accuracy, "", "", ""))
-    for name in dict.fromkeys(name for name, _ in by_name):
+    for name in dict.fromkeys(name for name, method in by_name if method == "absmax"):
         cells = [_lost(by_name.get((name, method))) for method in METHODS]
         size = f"{by_name[name, 'absmax']['bytes']['mean'] / 1000:.0f}"
         rows.append((name, size, *cells))
-    for method in ("absmax, biases too", "printed rule"):
-        row = by_name["w8", method]
-        rows.append((f"w8, {method}", f"{row['bytes']['mean'] / 1000:.0f}", _lost(row), "", "", ""))
+    for name, method in OTHERS:
+        if row := by_name.get((name, method)):
+            size = f"{row['bytes']['mean'] / 1000:.0f}"
+            rows.append((f"{name}, {method}", size, _lost(row), "", "", ""))
     return columns, rows
 
 
@@ -125,3 +133,58 @@ def normal_markdown(
         texts = [f"{c['error']['mean']:.5f} ({c['ratio'] - 1:+z.1%})" if c else "" for c in cells]
         rows.append((str(bits), *texts))
     return ("bits", "half-integer levels", "full", "narrow", "learned codebook"), rows
+
+
+def inference_markdown(
+    payload: Mapping[str, Any],
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """float32 in milliseconds, then how many times faster each candidate is; in brackets the
+    share of what the machine could do at best, by operations or by bytes of weights, whichever
+    is nearer. The last rows: how many times as long tracing and compiling take."""
+    found = {(row["case"], row["how"]): row for row in payload["rows"]}
+    hows = list(dict.fromkeys(how for _, how in found if how != "float32"))
+    rows = []
+    for case in dict.fromkeys(case for case, _ in found):
+        base = found[case, "float32"]
+        cells = [found.get((case, how)) for how in hows]
+        texts = [f"{c['times_float32']:.2f} {_share(c)}" if c else "" for c in cells]
+        rows.append((case, f"{base['median_ms']:.3g} ms {_share(base)}", *texts))
+    compiled = {(row["case"], row["how"]): row for row in payload["compile"]}
+    for case in dict.fromkeys(case for case, _ in compiled):
+        cells = [compiled.get((case, how)) for how in hows]
+        texts = [f"{c['times_as_long']:.2f} as long" if c else "" for c in cells]
+        seconds = f"{compiled[case, 'float32']['median_s']:.2f} s"
+        rows.append((f"{case}: compiling", seconds, *texts))
+    return ("case", "float32", *hows), rows
+
+
+def _share(row: Mapping[str, Any]) -> str:
+    return f"({max(row['share_of_ops'], row['share_of_bandwidth']):.0%})"
+
+
+NETWORKS = {
+    "mnist": "article's CNN, MNIST",
+    "fashion_mnist": "article's CNN, Fashion-MNIST",
+    "resnet32": "ResNet-32, CIFAR-10",
+}
+
+
+def activations_markdown(
+    payload: Mapping[str, Any],
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """A row per format and kind of activation scales, a column per network."""
+    networks = payload["networks"]
+    found = {
+        (row["format"], row["method"], name): row
+        for name, network in networks.items()
+        for row in network["summary"]
+    }
+    rows = []
+    for name, how in dict.fromkeys((name, how) for name, how, _ in found):
+        cells = [found.get((name, how, network)) for network in networks]
+        if name == "float32":
+            texts = [mean_sd(cell["accuracy"], 100) if cell else "" for cell in cells]
+        else:
+            texts = [_lost(cell) for cell in cells]
+        rows.append((name, how, *texts))
+    return ("format", "activations", *(NETWORKS[name] for name in networks)), rows
