@@ -15,7 +15,6 @@ import importlib.util
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ import tyro
 import quantjax as qj
 from experiments.report import environment, print_table, write_json
 from experiments.tables import bench_markdown
+from experiments.timing import interleaved
 
 CASES = {"4096x4096": (1, 4096, 4096), "48 x 2048x2048": (48, 2048, 2048)}
 INT4 = qj.QuantSpec(format=qj.IntFormat(4), group=128)
@@ -106,21 +106,6 @@ def _torchao(tree: Any) -> dict[str, Callable[[], Any]]:
     return {"torchao int8 per channel": run}
 
 
-def measure(tree: Any, rounds: int) -> dict[str, list[float]]:
-    """Seconds of every candidate in every round. Each is called once before it is timed: what
-    ran before leaves the allocator with pages that the next call would have to fault in anew."""
-    calls = candidates(tree)
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(rounds + 2):
-        for name, call in calls.items():
-            jax.block_until_ready(call())
-            began = time.perf_counter()
-            jax.block_until_ready(call())
-            if turn >= 2:
-                seconds[name].append(time.perf_counter() - began)
-    return seconds
-
-
 def peak_bytes(case: str, how: str) -> int | None:
     """Growth of the peak resident memory of a fresh process while it quantizes once."""
     command = [sys.executable, "-m", "experiments.bench_quantize", "--peak", f"{case}/{how}"]
@@ -159,7 +144,7 @@ def main(config: Config) -> None:
         tree = make_tree(case)
         size = sum(x.nbytes for x in jax.tree.leaves(tree))
         rounds = max(5, config.rounds // (1 if case == "4096x4096" else 2))
-        seconds = measure(tree, rounds)
+        seconds = interleaved(candidates(tree), rounds)
         base = statistics.median(seconds["read and cast"])
         for how, values in seconds.items():
             peak = peak_bytes(case, how) if sys.platform == "linux" else None
