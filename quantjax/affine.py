@@ -104,9 +104,10 @@ def _scaled(x: jax.Array, scales: Scales, block: Block) -> Float[Array, "*n"]:
     return x.astype(jnp.float32) * spread(inverse(scale_values(scales.scale)), x.shape, block)
 
 
-def _codes(
-    x: jax.Array, scales: Scales, format: Format, block: Block, uniform: jax.Array | None
+def encoded(
+    x: jax.Array, scales: Scales, format: Format, block: Block, uniform: jax.Array | None = None
 ) -> Float[Array, "*n"]:
+    """Codes of x under given scales, as float32: q = clip(round(x / s) + z, qmin, qmax)."""
     v = _scaled(x, scales, block)
     if isinstance(format, IntFormat):
         return format.encode(v, uniform, _spread_zero(scales, x.shape, block))
@@ -158,7 +159,7 @@ def quantize_array(
     [0, 1), makes the rounding stochastic (see `quantjax.rounding.noise`).
     """
     block = spec.block_shape
-    codes = _codes(x, scales, spec.format, block, uniform)
+    codes = encoded(x, scales, spec.format, block, uniform)
     bits, axis = spec.format.bits, None
     qvalue = _stored(codes, spec.format)
     if bits < 8 and codes.size:
@@ -196,7 +197,7 @@ def dequantize_array(q: QTensor) -> jax.Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _snap(format: Format, block: Block, x, scales: Scales, uniform) -> jax.Array:
     # As they would be stored: a float code may be -0, and its value then -0 * s; or NaN.
-    codes = _loaded(_stored(_codes(x, scales, format, block, uniform), format), format)
+    codes = _loaded(_stored(encoded(x, scales, format, block, uniform), format), format)
     return _values(codes, scales, format, block, x.dtype)
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Num
 
 Block = tuple[int | None, ...]
 
@@ -60,7 +60,7 @@ def split(x: Float[Array, "*n"], block: Block) -> Blocked:
     return Blocked(x.reshape(shape), tuple(axes), valid)
 
 
-def spread(per_block: Float[Array, "*b"], shape: tuple[int, ...], block: Block) -> jax.Array:
+def spread(per_block: Num[Array, "*b"], shape: tuple[int, ...], block: Block) -> jax.Array:
     """One value per block, repeated over its elements: broadcastable against `shape`."""
     for axis, (n, b) in enumerate(zip(shape, sizes(shape, block), strict=True)):
         if b > 1 and per_block.shape[axis] > 1:

@@ -14,6 +14,7 @@ from quantjax.formats import ExponentFormat, IntFormat, Levels, binary, e2m1, e4
 from quantjax.observers import mse
 from quantjax.paths import compile_pattern, named_leaves, nearest, other_collections
 from quantjax.qtensor import QTensor
+from quantjax.rounding import Rounding
 from quantjax.spec import Granularity, QuantSpec
 
 # What a preset leaves in float: they are few, and each is added to or multiplies a whole channel.
@@ -204,9 +205,27 @@ def _refuse_quantized(name: str, leaf: Any) -> None:
 def _as_spec(spec: object, where: str) -> QuantSpec | None:
     if isinstance(spec, str):
         return preset_spec(spec)
-    if spec is None or isinstance(spec, QuantSpec):
+    if isinstance(spec, QuantSpec):
+        _check_act(spec, where)
         return spec
+    if spec is None:
+        return None
     raise ValueError(f"Policy: {where}: expected a QuantSpec, a preset name or None, got {spec!r}.")
+
+
+def _check_act(spec: QuantSpec, where: str) -> None:
+    """Raises ValueError for what a spec says of an activation and no product would heed."""
+    if spec.static:
+        raise ValueError(f"Policy: {where}: static is for activations; give it to act=.")
+    act = spec.act
+    if act is None:
+        return
+    odd = act.act is not None or act.group is not None or act.scale_format is not None
+    if odd or not isinstance(act.block, Granularity) or act.rounding is not Rounding.NEAREST:
+        raise ValueError(
+            f"Policy: {where}: an activation is rounded to nearest with one float scale a row or a "
+            f"tensor (Granularity), without an act of its own; got {act!r}."
+        )
 
 
 def _facts(leaf: Any) -> jax.ShapeDtypeStruct | None:

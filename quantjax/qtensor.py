@@ -26,6 +26,8 @@ class QTensor:
     a QTensor (NVFP4, double quantization); or None for 1.
     zero_point: the code of zero, per block, or None.
     codebook: the levels of a learned codebook, (*leading axes, 2^bits), or None.
+    act_scale, act_zero_point: of the activation that meets this array, where they are static:
+    found by `calibrate`, one for each entry of the leading axes.
 
     Static: format; block, counted from the last axis (see `quantjax.blocks`); packed, the axis
     (negative) along which codes are packed with its logical length, or None; dtype of the
@@ -38,6 +40,8 @@ class QTensor:
     scale: Union[jax.Array, "QTensor", None]
     zero_point: jax.Array | None = None
     codebook: jax.Array | None = None
+    act_scale: jax.Array | None = None
+    act_zero_point: jax.Array | None = None
     format: Format | ExponentFormat = dataclasses.field(metadata=dict(static=True), kw_only=True)
     block: Block = dataclasses.field(metadata=dict(static=True), kw_only=True)
     packed: tuple[int, int] | None = dataclasses.field(

@@ -163,7 +163,7 @@ def _program(
 def _cut(leaf: Any, placed: Placement) -> tuple[Any, ...]:
     """The mesh axes that cut each axis of a leaf."""
     rank = len(leaf.shape)
-    entries = placed.entries if rank == len(placed.entries) else placed.entries[: rank - 1]
+    entries = placed.entries if rank == len(placed.entries) else placed.entries[: max(rank - 1, 0)]
     return entries + (None,) * (rank - len(entries))
 
 

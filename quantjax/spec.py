@@ -33,8 +33,10 @@ class QuantSpec:
     point. observer: the range. rounding: nearest, or stochastic, which takes a `key`.
     scale_format: how scales are stored: None for float32, `ExponentFormat` (MX), a format with
     one float32 scale per array above it (NVFP4), or a QuantSpec (double quantization).
-    act: the same for the activation that meets this weight, or None to leave it float.
-    stacked: how many leading axes are layers, kept apart.
+    act: the same for the activation that meets this weight, or None to leave it float; its block
+    TENSOR means one scale, anything else one a row. static: of an activation, that its scale is
+    not found anew in each call but by `calibrate`, one for the tensor. stacked: how many leading
+    axes are layers, kept apart.
 
     Raises ValueError where the parts do not fit together.
 
@@ -50,6 +52,7 @@ class QuantSpec:
     rounding: Rounding = Rounding.NEAREST
     scale_format: "Format | ExponentFormat | QuantSpec | None" = None
     act: "QuantSpec | None" = None
+    static: bool = False
     stacked: int = 0
 
     def __post_init__(self) -> None:
@@ -98,6 +101,13 @@ class QuantSpec:
             )
         if self.act is not None and not isinstance(self.act, QuantSpec):
             raise ValueError(f"QuantSpec: act must be a QuantSpec or None, got {self.act!r}.")
+        if not isinstance(self.static, bool) or (
+            self.static and self.block is not Granularity.TENSOR
+        ):
+            raise ValueError(
+                f"QuantSpec: static must be a bool, and True asks for block=Granularity.TENSOR, as "
+                f"rows to come are not known; got {self.static!r} and {self.block}."
+            )
         if not _is_count(self.stacked) or self.stacked < 0:
             raise ValueError(
                 f"QuantSpec: stacked must be a number of axes, 0 or more, got {self.stacked!r}."

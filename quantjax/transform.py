@@ -1,5 +1,6 @@
 """Quantize, dequantize and fake-quantize whole parameter trees: Q_m and D_m."""
 
+import dataclasses
 import functools
 import zlib
 from collections.abc import Callable, Sequence
@@ -181,6 +182,8 @@ def _over_leaves(
         if i in given:
             finite = _on(placed, _finite, x, spec=spec)
             out = _on(placed, _apply, x, given[i][1], uniform, **how)
+            if isinstance(out, QTensor):
+                out = dataclasses.replace(out, **given[i][2])
         elif _exact(spec):
             out, finite = _on(placed, _find_and_apply, x, uniform, **how)
         else:
@@ -216,8 +219,10 @@ def _raise_if_not_finite(checks: list[tuple[str, jax.Array]]) -> None:
         raise ValueError(f"{', '.join(bad)}: holds NaN or infinity; no scale covers that.")
 
 
-def _given_scales(named: list[tuple[str, Any]], like: Any) -> dict[int, tuple[QuantSpec, Scales]]:
-    """Spec and scales of every leaf that is quantized in `like`."""
+def _given_scales(
+    named: list[tuple[str, Any]], like: Any
+) -> dict[int, tuple[QuantSpec, Scales, dict[str, Any]]]:
+    """Spec, scales and static activation scales of every leaf that is quantized in `like`."""
     others, _ = named_leaves(like)
     if [name for name, _ in others] != [name for name, _ in named]:
         odd = sorted({n for n, _ in others} ^ {n for n, _ in named})
@@ -232,7 +237,8 @@ def _given_scales(named: list[tuple[str, Any]], like: Any) -> dict[int, tuple[Qu
         if isinstance(x, QTensor) or not floats or tuple(x.shape) != q.shape:
             raise ValueError(f"{name}: like= expects a float array of shape {q.shape}, got {x!r}.")
         spec = QuantSpec(format=q.format, block=q.block, symmetric=q.zero_point is None, act=q.act)
-        given[i] = (spec, affine.scales_of(q))
+        act = {"act_scale": q.act_scale, "act_zero_point": q.act_zero_point}
+        given[i] = (spec, affine.scales_of(q), act)
     return given
 
 

@@ -152,8 +152,18 @@ def stack(x: Param) -> jax.Array | QTensor | None:
     codebook = q.codebook
     if codebook is not None:
         codebook = jnp.broadcast_to(codebook, (q.shape[0], *codebook.shape))
+    scales = [
+        None if a is None else jnp.broadcast_to(a, (q.shape[0], *a.shape))
+        for a in (q.act_scale, q.act_zero_point)
+    ]
     return dataclasses.replace(
-        q, scale=each(q.scale), zero_point=zero, codebook=codebook, block=q.block[1:]
+        q,
+        scale=each(q.scale),
+        zero_point=zero,
+        codebook=codebook,
+        act_scale=scales[0],
+        act_zero_point=scales[1],
+        block=q.block[1:],
     )
 
 

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.extend.core import primitives as p
 
 from quantjax.affine import dequantize_array
@@ -16,9 +15,15 @@ from quantjax.blocks import sizes
 from quantjax.interpret import jax_compat as compat
 from quantjax.interpret.param import Param, as_qtensor
 from quantjax.interpret.record import Place, Site, product
-from quantjax.ops import fake_rows, fits_integers, integer_dot
+from quantjax.interpret.rounded import Rounded, rounded_activation
+from quantjax.ops import (
+    DimensionNumbers,
+    Lowering,
+    Pair,
+    plan_dot,
+    quantized_dot,
+)
 from quantjax.qtensor import QTensor
-from quantjax.spec import QuantSpec
 
 DOT, CONV, GATHER = p.dot_general_p.name, p.conv_general_dilated_p.name, p.gather_p.name
 RAGGED_DOT = "ragged_dot_general"
@@ -43,7 +48,7 @@ def _note_site(
     flops: int,
     groups: int = 1,
     lowering: str = DEQUANTIZED,
-    act: QuantSpec | None = None,
+    act: Rounded | None = None,
 ) -> None:
     summed, shared = _originals(x, contracting), _originals(x, batch)
     machine.record.site(
@@ -63,7 +68,7 @@ def _note_site(
             groups=groups,
             layers=x.layers,
             format=str(x.value.format if isinstance(x.value, QTensor) else x.value.dtype),
-            act="" if act is None else str(act.format),
+            act="" if act is None else str(act),
             lowering=lowering if x.quantized else "float",
         ),
     )
@@ -75,23 +80,14 @@ def _bound(eqn: Any, inputs: Sequence[Any]) -> list[Any]:
     return compat.rebind(eqn, [x.array() if isinstance(x, Param) else x for x in inputs])
 
 
-def _activation(eqn: Any, x: Param) -> QuantSpec | None:
-    """How the activation that meets x is quantized; not at all where the model asks for the
-    highest precision."""
-    precision = eqn.params.get("precision")
-    wanted = precision if isinstance(precision, tuple) else (precision,)
-    if not isinstance(x.value, QTensor) or lax.Precision.HIGHEST in wanted:
-        return None
-    return x.value.act
-
-
 def dot(machine: Any, eqn: Any, inputs: Sequence[Any], place: Place) -> list[Any]:
-    """dot_general: in integers where both sides are, else on dequantized weights."""
+    """dot_general: in integers where both sides are, from the codes where x has few rows, else
+    on dequantized weights."""
     (summed, shared), out = eqn.params["dimension_numbers"], eqn.outvars[0].aval
-    lowering, result = DEQUANTIZED, None
+    lowering, act, result = DEQUANTIZED, None, None
     used = [i for i, x in enumerate(inputs) if isinstance(x, Param)]
-    act = _activation(eqn, inputs[used[0]]) if len(used) == 1 else None
-    if act is not None:
+    if len(used) == 1 and inputs[used[0]].quantized:
+        act = rounded_activation(eqn, inputs[used[0]])
         lowering, result = _quantized_dot(eqn, inputs, used[0], act)
     for i in used:
         _note_site(
@@ -103,32 +99,59 @@ def dot(machine: Any, eqn: Any, inputs: Sequence[Any], place: Place) -> list[Any
 
 
 def _quantized_dot(
-    eqn: Any, inputs: Sequence[Any], side: int, act: QuantSpec
-) -> tuple[str, jax.Array]:
-    """How it is computed, and the product of a parameter with an activation quantized by rows."""
+    eqn: Any, inputs: Sequence[Any], side: int, act: Rounded | None
+) -> tuple[str, jax.Array | None]:
+    """How the product of a quantized parameter and an activation is computed, and the product; None
+    where it is the original one on dequantized weights."""
     summed, shared = eqn.params["dimension_numbers"]
-    x, w = inputs[1 - side], inputs[side]
-    dims = (*summed[side], *shared[side])
-    contracting, batch = _originals(w, summed[side]), _originals(w, shared[side])
-    reason = fits_integers(w.value, act, contracting)
-    if any(len(w.axes[d]) != 1 for d in dims):
-        reason = "merged axes"
-    if reason:
+    w = inputs[side]
+    x, numbers = _in_leaf_axes(inputs[1 - side], w, side, summed, shared)
+    q, out = w.value, eqn.outvars[0].aval
+    rows = math.prod(n for a, n in enumerate(x.shape) if a not in (*numbers[0][0], *numbers[1][0]))
+    if act is None:
+        return DEQUANTIZED, None
+    plan = plan_dot(q, act.spec, numbers, rows)
+    if plan.lowering is Lowering.FLOAT:
         operands = [w.array(), w.array()]
-        operands[1 - side] = fake_rows(x, act, summed[1 - side])
-        return f"float, both sides rounded: {reason}", compat.rebind(eqn, operands)[0]
-    numbers = ((tuple(summed[1 - side]), contracting), (tuple(shared[1 - side]), batch))
-    y = integer_dot(x, w.value, act, numbers)
-    # y is (batch, rows of x, free axes of the leaf); the model holds those in another order.
-    stored = [a for a in range(w.value.ndim) if a not in (*contracting, *batch)]
+        operands[1 - side] = act.fake(inputs[1 - side], summed[1 - side])
+        return str(plan), compat.rebind(eqn, operands)[0]
+    y = quantized_dot(x, q, act.given, act.spec, numbers)
+    return str(plan), _in_view_axes(y, w, side, summed, shared).reshape(out.shape).astype(out.dtype)
+
+
+def _in_leaf_axes(
+    x: jax.Array, w: Param, side: int, summed: Any, shared: Any
+) -> tuple[jax.Array, DimensionNumbers]:
+    """x and dimension numbers for a product with the leaf as it is stored: where the view merged
+    axes of the leaf, those of x that meet them are split."""
+    pairs = [*zip(summed[1 - side], summed[side]), *zip(shared[1 - side], shared[side])]  # noqa: B905
+    met = {a: w.axes[d] for a, d in pairs}
+    shape: list[int] = []
+    places = {}
+    for a, n in enumerate(x.shape):
+        lengths = [w.value.shape[i] for i in met[a]] if a in met else [n]
+        places[a] = tuple(range(len(shape), len(shape) + len(lengths)))
+        shape += lengths
+    x = x if x.shape == tuple(shape) else x.reshape(shape)
+
+    def of(dims: Any) -> Pair:
+        in_x = tuple(i for a in dims[1 - side] for i in places[a])
+        return in_x, _originals(w, dims[side])
+
+    return x, (of(summed), of(shared))
+
+
+def _in_view_axes(y: jax.Array, w: Param, side: int, summed: Any, shared: Any) -> jax.Array:
+    """The product with the leaf, (batch, rows, free axes of the leaf), in the model's order."""
+    dims = (*summed[side], *shared[side])
+    used, batch = _originals(w, dims), _originals(w, shared[side])
+    stored = [a for a in range(w.value.ndim) if a not in used]
     held = list(_originals(w, [d for d in range(len(w.axes)) if d not in dims]))
-    held += [a for a in stored if a not in held]
+    held += [a for a in stored if a not in held]  # of length one, dropped by the view
     lead = y.ndim - len(stored)
     free = [lead + stored.index(a) for a in held]
     rows = list(range(len(batch), lead))
-    order = [*range(len(batch)), *(free + rows if side == 0 else rows + free)]
-    out = eqn.outvars[0].aval
-    return "int8 product", jnp.transpose(y, order).reshape(out.shape).astype(out.dtype)
+    return jnp.transpose(y, [*range(len(batch)), *(free + rows if side == 0 else rows + free)])
 
 
 def convolution(machine: Any, eqn: Any, inputs: Sequence[Any], place: Place) -> list[Any] | None:
@@ -139,10 +162,10 @@ def convolution(machine: Any, eqn: Any, inputs: Sequence[Any], place: Place) -> 
     numbers = eqn.params["dimension_numbers"]
     summed = numbers.rhs_spec[1:]  # of (output, input, *window)
     groups = eqn.params["feature_group_count"] * eqn.params["batch_group_count"]
-    act, lowering = _activation(eqn, kernel), DEQUANTIZED
+    act, lowering = rounded_activation(eqn, kernel), DEQUANTIZED
     if act is not None:
         lowering = "float, both sides rounded: a convolution"
-        image = fake_rows(image, act, numbers.lhs_spec[1:])
+        image = act.fake(image, numbers.lhs_spec[1:])
     out = eqn.outvars[0].aval
     flops = 2 * math.prod(out.shape) * product(kernel.shape, tuple(summed))
     _note_site(
@@ -199,10 +222,10 @@ def ragged_dot(machine: Any, eqn: Any, inputs: Sequence[Any], place: Place) -> l
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     (summed_tokens, summed), (_, shared) = numbers.dot_dimension_numbers
     batch = (*shared, *numbers.rhs_group_dimensions)
-    act, lowering = _activation(eqn, experts), DEQUANTIZED
+    act, lowering = rounded_activation(eqn, experts), DEQUANTIZED
     if act is not None:
         lowering = "float, both sides rounded: a ragged product"
-        tokens = fake_rows(tokens, act, summed_tokens)
+        tokens = act.fake(tokens, summed_tokens)
     flops = 2 * math.prod(eqn.outvars[0].aval.shape) * product(experts.shape, tuple(summed))
     _note_site(
         machine, eqn, experts, tokens, place,

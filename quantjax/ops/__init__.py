@@ -1,15 +1,22 @@
 """Products in low precision, each with the lowering that is fast on its platform."""
 
-from quantjax.ops.dot import fake_rows, fits_integers, integer_dot
+from quantjax.ops.activation import activation_codes, fake_activation
+from quantjax.ops.dot import Lowering, Plan, plan_dot, quantized_dot
+from quantjax.ops.forms import DimensionNumbers, Pair
 from quantjax.ops.integer import integer_dot_general
 from quantjax.ops.probe import Probe, force, probe
 
 __all__ = [
+    "DimensionNumbers",
+    "Lowering",
+    "Pair",
+    "Plan",
     "Probe",
-    "fake_rows",
-    "fits_integers",
+    "activation_codes",
+    "fake_activation",
     "force",
-    "integer_dot",
     "integer_dot_general",
+    "plan_dot",
     "probe",
+    "quantized_dot",
 ]

@@ -1,9 +1,12 @@
-"""A product of an activation, quantized on the way, with a quantized weight, in integers.
+"""A product of an activation, rounded on the way, with a quantized weight.
 
-y = s_x s_w (q_x . q_w): both scales are constant along the sum, so they come after it. Jacob et
-al. 2018, arXiv:1712.05877, section 2.2, with a symmetric activation and one scale per row."""
+y = s_x s_w sum_k (q_x - z_x)(q_w - z_w): where the scales are constant along the sum they come
+after it, and the sum is one of integers. Jacob et al. 2018, arXiv:1712.05877, section 2.2-2.3."""
 
+import dataclasses
+import enum
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,110 +16,214 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from quantjax.affine import (
-    codes_of,
-    dequantize_array,
-    fake_quantize_array,
-    find_scales,
-    scale_values,
-)
-from quantjax.blocks import counts
-from quantjax.formats import IntFormat
+from quantjax.affine import Scales, codes_of, dequantize_array, scale_values
+from quantjax.blocks import counts, spread
+from quantjax.formats import FloatFormat, IntFormat, Specials
+from quantjax.ops.activation import activation_codes, fake_activation
 from quantjax.ops.forms import DimensionNumbers
 from quantjax.ops.integer import integer_dot_general
 from quantjax.qtensor import QTensor
-from quantjax.rounding import low_byte
-from quantjax.scales import inverse
 from quantjax.spec import QuantSpec
 
 
-def fits_integers(q: QTensor, act: QuantSpec, contracting: Sequence[int]) -> str:
-    """Why the product can not be computed in integers; empty if it can."""
+class Lowering(enum.Enum):
+    """How a product of two rounded operands is computed."""
+
+    INTEGER = "int8 product"
+    FP8 = "fp8 product"
+    FLOAT = "float, both sides rounded"
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The lowering of a product, and why it is not one of integers or of 8-bit floats."""
+
+    lowering: Lowering
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.lowering.value}: {self.reason}" if self.reason else self.lowering.value
+
+
+def plan_dot(q: QTensor, act: QuantSpec, numbers: DimensionNumbers, rows: int) -> Plan:
+    """What `quantized_dot` does for this weight, activation, and number of rows of x."""
+    (_, cw), (_, bw) = numbers
+    if isinstance(q.format, FloatFormat) and isinstance(act.format, FloatFormat):
+        reason = _no_fp8(q, act, cw)
+        return Plan(Lowering.FLOAT, reason) if reason else Plan(Lowering.FP8)
+    reason = no_integers(q, act, math.prod(q.shape[a] for a in cw))
+    if reason:
+        return Plan(Lowering.FLOAT, reason)
+    blocks = counts(q.shape, q.block)
+    if all(blocks[a] == 1 for a in cw):
+        return Plan(Lowering.INTEGER)
+    return Plan(Lowering.FLOAT, "several scales along the sum")
+
+
+LONGEST = 2**16  # terms of 255 * 128 whose sum fits int32
+
+
+def no_integers(q: QTensor, act: QuantSpec, terms: int) -> str:
+    """Why formats, or the number of terms, rule a product of integers out; empty if they do not."""
     if not isinstance(q.format, IntFormat) or not isinstance(act.format, IntFormat):
         return f"{q.format} with activations in {act.format}"
-    if not q.format.signed or not act.format.signed or not act.format.has_zero:
-        return "an unsigned grid"
+    if not act.format.has_zero:
+        return "activations without a zero"
     if not q.format.has_zero and q.format.bits == 8:
         return "half-integer levels of 8 bits"
-    if q.zero_point is not None or not act.symmetric:
-        return "a zero point"
+    if isinstance(q.scale, QTensor):
+        return "a quantized scale"
+    return f"a sum of {terms} terms" if terms > LONGEST else ""
+
+
+_FP8 = {
+    FloatFormat(4, 3, Specials.NAN): jnp.float8_e4m3fn,
+    FloatFormat(5, 2, Specials.IEEE): jnp.float8_e5m2,
+}
+
+
+def _no_fp8(q: QTensor, act: QuantSpec, summed: Sequence[int]) -> str:
+    if q.format not in _FP8 or act.format not in _FP8:
+        return f"{q.format} with activations in {act.format}"
     if isinstance(q.scale, QTensor):
         return "a quantized scale"
     blocks = counts(q.shape, q.block)
-    if any(blocks[a] > 1 for a in contracting):
-        return "several scales along the sum"
-    return ""
+    return "several scales along the sum" if any(blocks[a] > 1 for a in summed) else ""
 
 
-def _integers(q: QTensor) -> tuple[jax.Array, int]:
-    """Codes whose products are those of the levels, and by what they are larger than the levels:
-    half-integer levels are the odd integers over two."""
-    codes = codes_of(q)
-    if isinstance(q.format, IntFormat) and not q.format.has_zero:
-        return codes * np.int8(2) + np.int8(1), 2
-    return codes, 1
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def integer_dot(
-    x: Float[Array, "*x"], q: QTensor, act: QuantSpec, dimension_numbers: DimensionNumbers
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def quantized_dot(
+    x: Float[Array, "*x"],
+    q: QTensor,
+    given: Scales | None,
+    act: QuantSpec,
+    dimension_numbers: DimensionNumbers,
 ) -> Float[Array, "*y"]:
-    """`lax.dot_general(x, dequantize(q), dimension_numbers)`, x quantized row by row, in float32.
+    """`lax.dot_general(round(x), dequantize(q), dimension_numbers)` in float32.
 
-    Exact but for the roundings of x and of the scales: sums are integers. A row with NaN or
-    infinity comes out as NaN. The gradient passes straight through to x, as if it had not been
-    rounded; none reaches q. `fits_integers` must be empty.
+    x is rounded as `fake_activation` rounds it, under `given` static scales or its own. Exact but
+    for the roundings of x, of the scales and of the result: sums are integers (`plan_dot` says
+    where). A row with NaN or infinity comes out as NaN. The gradient passes straight through the
+    rounding of x, and is 0 where x is clipped; none reaches q or the scales.
     """
     (cx, cw), (bx, bw) = dimension_numbers
     rows = [a for a in range(x.ndim) if a not in (*cx, *bx)]
-    free = [a for a in range(q.ndim) if a not in (*cw, *bw)]
     row_shape, lead = tuple(x.shape[a] for a in rows), len(bx)
-    # x as (batch, one axis of rows, summed axes); its scales as (batch, rows, 1, ...)
+    many = math.prod(row_shape)
+    lowering = plan_dot(q, act, dimension_numbers, many).lowering
+    if lowering is Lowering.FLOAT:
+        return _float_dot(x, q, given, act, dimension_numbers)
+    # x as (batch, one axis of rows, summed axes); the result as (batch, rows, free axes of q).
     x = jnp.transpose(x, [*bx, *rows, *cx]).astype(jnp.float32)
-    x = x.reshape(*x.shape[:lead], -1, *x.shape[lead + len(rows) :])
-    block = (1,) * (lead + 1) + (None,) * len(cx)
-    found = find_scales(x, act.with_block(block))
-    s_x = scale_values(found.scale)
-    assert isinstance(act.format, IntFormat)
-    codes = act.format.encode(x * inverse(s_x))
-    w, factor = _integers(q)
-    numbers = ((tuple(range(lead + 1, x.ndim)), tuple(cw)), (tuple(range(lead)), tuple(bw)))
-    y = integer_dot_general(low_byte(codes, np.int8), w, numbers)
-    s_w = scale_values(q.scale) * np.float32(1 / factor)
-    s_w = jnp.broadcast_to(s_w, [1 if a in cw else n for a, n in enumerate(q.shape)])
-    s_w = jnp.transpose(s_w, [*bw, *free, *cw])
-    s_w = s_w.reshape(*s_w.shape[:lead], 1, *s_w.shape[lead : lead + len(free)])
-    s_x = s_x.reshape(*s_x.shape[: lead + 1], *(1,) * len(free))
-    y = y.astype(jnp.float32) * (s_x * s_w)
+    x = x.reshape(*x.shape[:lead], many, *x.shape[lead + len(rows) :])
+    summed = tuple(range(lead + 1, x.ndim))
+    numbers = ((summed, tuple(cw)), (tuple(range(lead)), tuple(bw)))
+    codes, scales = activation_codes(x, act, given, summed)
+    if lowering is Lowering.FP8:
+        y = _fp8_dot(codes, q, act, numbers)
+    else:
+        y = _integer_dot(codes, scales.zero_point, q, numbers).astype(jnp.float32)
+    free = y.ndim - lead - 1
+    s_x = scale_values(scales.scale)
+    s_x = s_x.reshape(*s_x.shape[: lead + 1], *(1,) * free)
+    y = y * (s_x * (_along_output(scale_values(q.scale), q, numbers) * level_factor(q)))
     return y.reshape(*y.shape[:lead], *row_shape, *y.shape[lead + 1 :])
 
 
-def _integer_dot_forward(x, q, act, dimension_numbers):
-    return integer_dot(x, q, act, dimension_numbers), (x, q)
+def _float_dot(x, q, given, act, dimension_numbers):
+    w = dequantize_array(q).astype(jnp.float32)
+    x = fake_activation(x.astype(jnp.float32), act, given, dimension_numbers[0][0])
+    return lax.dot_general(x, w, dimension_numbers)
 
 
-def _integer_dot_backward(act, dimension_numbers, residuals, gradient):
-    x, q = residuals
-
-    def product(x: jax.Array) -> jax.Array:
-        w = dequantize_array(q).astype(jnp.float32)
-        return lax.dot_general(x.astype(jnp.float32), w, dimension_numbers)
-
-    (dx,) = jax.vjp(product, x)[1](gradient)
-    return dx, jax.tree.map(_nothing, q)
+def _forward(x, q, given, act, dimension_numbers):
+    return quantized_dot(x, q, given, act, dimension_numbers), (x, q, given)
 
 
-def _nothing(a: jax.Array) -> Any:
+def _backward(act, dimension_numbers, residuals, gradient):
+    x, q, given = residuals
+    (dx,) = jax.vjp(lambda x: _float_dot(x, q, given, act, dimension_numbers), x)[1](gradient)
+    return dx, *jax.tree.map(nothing, (q, given))
+
+
+def nothing(a: jax.Array) -> Any:
+    """The cotangent of what no gradient reaches."""
     floating = jnp.issubdtype(a.dtype, jnp.floating)
     return jnp.zeros_like(a) if floating else np.zeros(a.shape, jax.dtypes.float0)
 
 
-integer_dot.defvjp(_integer_dot_forward, _integer_dot_backward)
+quantized_dot.defvjp(_forward, _backward)
 
 
-def fake_rows(x: Float[Array, "*x"], act: QuantSpec, summed: Sequence[int]) -> Float[Array, "*x"]:
-    """x rounded as `integer_dot` rounds it, in floats: one scale for each row, which are the
-    elements that one output sums over. Gradient straight-through."""
-    block = tuple(None if a in summed else 1 for a in range(x.ndim))
-    spec = act.with_block(block)
-    return fake_quantize_array(x, find_scales(x, spec), spec=spec)
+def integer_codes(q: QTensor) -> tuple[jax.Array, jax.Array | int | None]:
+    """int8 codes of a weight, and what is to be taken off them: levels are `factor` times
+    (code - zero), see `level_factor`. Half-integer levels are the odd integers over two; unsigned
+    codes of 8 bits are moved into the range of int8."""
+    codes = codes_of(q)
+    zero: jax.Array | int | None = None
+    if q.zero_point is not None:
+        zero = q.zero_point.astype(jnp.int32)
+    if not isinstance(q.format, IntFormat) or q.format.signed:
+        return (codes * np.int8(2) + np.int8(1), zero) if level_factor(q) != 1 else (codes, zero)
+    shifted = lax.bitcast_convert_type(codes ^ np.uint8(128), jnp.int8)
+    return shifted, -128 if zero is None else zero - 128
+
+
+def level_factor(q: QTensor) -> np.float32:
+    """A level of the weight over its integer code."""
+    return np.float32(1.0 if getattr(q.format, "has_zero", True) else 0.5)
+
+
+def _integer_dot(codes, zero_x, q: QTensor, numbers: DimensionNumbers) -> jax.Array:
+    """sum_k (c_x - z_x)(c_w - z_w) in int32. The sums of the weight's codes come of a row of ones
+    in the same product; those of the activation's of one pass over it."""
+    (summed, cw), (batch, _) = numbers
+    lead = len(batch)
+    w, zero_w = integer_codes(q)
+    if zero_x is not None:
+        ones = jnp.ones_like(lax.slice_in_dim(codes, 0, 1, axis=lead))
+        y = integer_dot_general(jnp.concatenate([codes, ones], lead), w, numbers)
+        y, sums = jnp.split(y, [codes.shape[lead]], lead)
+    else:
+        y, sums = integer_dot_general(codes, w, numbers), None
+    free = y.ndim - lead - 1
+    z_x = None
+    if zero_x is not None:
+        z_x = zero_x.astype(jnp.int32)
+        z_x = z_x.reshape(*z_x.shape[: lead + 1], *(1,) * free)
+        y = y - z_x * sums
+    if zero_w is not None:
+        z_w = zero_w if isinstance(zero_w, int) else _along_output(zero_w, q, numbers)
+        total = jnp.sum(codes, summed, dtype=jnp.int32)
+        total = total.reshape(*total.shape, *(1,) * free)
+        if z_x is not None:
+            total = total - z_x * np.int32(math.prod(codes.shape[a] for a in summed))
+        y = y - z_w * total
+    return y
+
+
+def _along_output(per_block: jax.Array, q: QTensor, numbers: DimensionNumbers) -> jax.Array:
+    """One value per block of q, constant along the sum, as it multiplies (batch, rows, free)."""
+    (_, cw), (_, bw) = numbers
+    if not per_block.ndim:
+        return per_block
+    free = [a for a in range(q.ndim) if a not in (*cw, *bw)]
+    out = jnp.transpose(spread(per_block, q.shape, q.block), [*bw, *free, *cw])
+    return out.reshape(*out.shape[: len(bw)], 1, *out.shape[len(bw) : len(bw) + len(free)])
+
+
+def _fp8_dot(codes: jax.Array, q: QTensor, act: QuantSpec, numbers: DimensionNumbers) -> jax.Array:
+    """Codes of 8-bit floats, multiplied as such where the platform can; CPUs decode them, as XLA
+    would there, operand by operand."""
+    assert isinstance(q.format, FloatFormat) and isinstance(act.format, FloatFormat)
+    x_format, w_format = act.format, q.format
+
+    def decoded(x: jax.Array, w: jax.Array) -> jax.Array:
+        return lax.dot_general(x_format.decode(x), w_format.decode(w), numbers)
+
+    def native(x: jax.Array, w: jax.Array) -> jax.Array:
+        x = lax.bitcast_convert_type(x, _FP8[x_format])
+        w = lax.bitcast_convert_type(w, _FP8[w_format])
+        return lax.dot_general(x, w, numbers, preferred_element_type=jnp.float32)
+
+    return lax.platform_dependent(codes, codes_of(q), cpu=decoded, default=native)

@@ -121,7 +121,7 @@ def is_leaf(x: Any) -> bool:
 def skeleton(leaf: Any, name: str) -> Any:
     """The leaf without its bytes. Raises ValueError for what cannot be stored."""
     if isinstance(leaf, QTensor):
-        children = {c: getattr(leaf, c) for c in _CHILDREN}
+        children = {c: getattr(leaf, c) for c in (*_CHILDREN, *_ACT_CHILDREN)}
         for child, value in children.items():
             if value is not None:
                 part = f"{name}.{child}" if name else child
@@ -145,6 +145,7 @@ def skeleton(leaf: Any, name: str) -> Any:
 
 
 _CHILDREN = ("qvalue", "scale", "zero_point", "codebook")
+_ACT_CHILDREN = ("act_scale", "act_zero_point")  # named in a file only where they are there
 
 
 def function_name(function: Any) -> str:
@@ -187,7 +188,7 @@ def check_qtensor(q: QTensor) -> None:
 
     Asked when saving and again when loading, so what is written can be read.
     """
-    for name in ("scale", "zero_point", "codebook"):
+    for name in (*_CHILDREN[1:], *_ACT_CHILDREN):
         child = getattr(q, name)
         fits = isinstance(child, Buffer) and child.holder in _PLAIN
         if child is not None and not fits and not (name == "scale" and isinstance(child, QTensor)):
@@ -223,6 +224,13 @@ def check_qtensor(q: QTensor) -> None:
         q.codebook.ndim != q.ndim - len(q.block) + 1 or q.codebook.shape[-1] != 2**q.format.bits
     ):
         raise ValueError(f"codebook: expected (..., {2**q.format.bits}), got {q.codebook.shape}")
+    for name in _ACT_CHILDREN:
+        child, lead = getattr(q, name), q.shape[: q.ndim - len(q.block)]
+        if child is not None and (q.act is None or child.shape != lead):
+            raise ValueError(
+                f"{name}: expected an act, and one entry per leading axis, {lead}; got act {q.act} "
+                f"and shape {child.shape}"
+            )
 
 
 def to_json(leaf: Any) -> dict[str, Any]:
@@ -239,6 +247,8 @@ def to_json(leaf: Any) -> dict[str, Any]:
             }
         case QTensor():
             children = {c: getattr(leaf, c) for c in _CHILDREN}
+            later = {c: getattr(leaf, c) for c in _ACT_CHILDREN}
+            children |= {c: child for c, child in later.items() if child is not None}
             return {
                 "kind": "qtensor",
                 "format": statics.to_json(leaf.format),
@@ -309,7 +319,7 @@ def _read_buffer(data: dict[str, Any], name: str, holder: str, digest: str) -> B
 
 def _read_qtensor(data: dict[str, Any]) -> QTensor:
     children: dict[str, Any] = {}
-    for child in _CHILDREN:
+    for child in (*_CHILDREN, *_ACT_CHILDREN):
         children[child] = None if data.get(child) is None else from_json(data[child])
     packed = data.get("packed")
     if packed is not None:

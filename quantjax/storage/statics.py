@@ -84,11 +84,15 @@ _CLASSES = {
             "rounding": (Rounding,),
             "scale_format": (*FORMATS, "QuantSpec", None),
             "act": SPEC_OR_NONE,
+            "static": (bool,),
             "stacked": (int,),
         },
     ),
 }
 _NAMES = {entry.cls: name for name, entry in _CLASSES.items()}
+# Fields that came after version 1 was published: written only where they differ from the default,
+# so that a file without them stays what it was.
+_LATER = {"static": False}
 
 
 def to_json(value: Any) -> Any:
@@ -119,6 +123,8 @@ def to_json(value: Any) -> Any:
     result: dict[str, Any] = {"type": name}
     for field, kinds in _CLASSES[name].fields.items():
         part = getattr(value, field)
+        if field in _LATER and part == _LATER[field]:
+            continue
         result[field] = _Values.to_json(part) if _Values in kinds else to_json(part)
     return result
 

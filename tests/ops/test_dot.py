@@ -1,4 +1,6 @@
-"""Is a product in integers the product of the rounded values?"""
+"""Is a product in low precision the product of the rounded values?"""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -6,26 +8,54 @@ import numpy as np
 import pytest
 
 import quantjax as qj
+from quantjax.affine import Scales
+from quantjax.formats import e4m3, e5m2
 from quantjax.interpret import intercept
-from quantjax.ops import fake_rows, fits_integers, integer_dot
+from quantjax.ops import Lowering, fake_activation, plan_dot, quantized_dot
 
-ACT = qj.QuantSpec(format=qj.IntFormat(8))
+INT8 = qj.IntFormat(8)
+UINT8 = qj.IntFormat(8, signed=False)
+ACT = qj.QuantSpec(format=INT8)
 PLAIN = (((1,), (0,)), ((), ()))
+
+WEIGHTS = {
+    name: qj.preset(name).otherwise for name in ("w8", "w4", "w3", "w2", "w1", "ternary")
+} | {
+    "asymmetric": qj.QuantSpec(format=INT8, symmetric=False, observer=qj.minmax()),
+    "unsigned": qj.QuantSpec(format=UINT8, symmetric=False, observer=qj.minmax()),
+    "unsigned, 3 bits": qj.QuantSpec(
+        format=qj.IntFormat(3, signed=False), symmetric=False, observer=qj.minmax()
+    ),
+    "one scale": qj.QuantSpec(format=INT8, block=qj.Granularity.TENSOR),
+    "blocks of outputs": qj.QuantSpec(format=INT8, block=(None, 5)),
+}
+ACTS = {
+    "rows": ACT,
+    "4 bits": qj.QuantSpec(format=qj.IntFormat(4)),
+    "tensor": qj.QuantSpec(format=INT8, block=qj.Granularity.TENSOR),
+    "asymmetric": qj.QuantSpec(format=INT8, symmetric=False, observer=qj.minmax()),
+    "unsigned": qj.QuantSpec(format=UINT8, symmetric=False, observer=qj.minmax()),
+    "positive": qj.QuantSpec(format=UINT8),
+}
 
 
 def normal(*shape: int, seed: int = 0) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
+def quantized(spec: qj.QuantSpec, *shape: int) -> qj.QTensor:
+    return qj.quantize({"kernel": normal(*shape, seed=1)}, qj.Policy([("kernel", spec)]))["kernel"]
+
+
 def kernel(preset: str, *shape: int) -> qj.QTensor:
     return qj.quantize({"kernel": normal(*shape, seed=1)}, preset)["kernel"]
 
 
-def close(got, x, q, summed, numbers) -> None:
+def close(got, x, q, act, summed, numbers, given=None) -> None:
     """Equal to the product of the rounded values in float64, but for float32's roundings: of two
     scales, their product and the result, 4 of 2^-24; and of the values in the reference, 2 more
     on each term of the sum."""
-    x = np.asarray(fake_rows(x, ACT, summed), np.float64)
+    x = np.asarray(fake_activation(x, act, given, summed), np.float64)
     w = np.asarray(qj.dequantize(q), np.float64)
     numbers = jax.tree.map(int, numbers)
     with jax.enable_x64(True):
@@ -34,49 +64,94 @@ def close(got, x, q, summed, numbers) -> None:
     assert np.all(np.abs(got - expected) <= 8 * 2.0**-24 * size)
 
 
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_formats(weight, act):
+    act = ACTS[act]
+    x, q = normal(3, 32), quantized(WEIGHTS[weight], 32, 10)
+    assert plan_dot(q, act, PLAIN, 3).lowering is Lowering.INTEGER
+    close(quantized_dot(x, q, None, act, PLAIN), x, q, act, (1,), PLAIN)
+
+
 @pytest.mark.parametrize("rows", [1, 2, 33])
-@pytest.mark.parametrize("preset", ["w8", "w4", "w3", "w2", "w1", "ternary"])
-def test_matrices(preset, rows):
-    x, q = normal(rows, 64), kernel(preset, 64, 24)
-    assert fits_integers(q, ACT, (0,)) == ""
-    close(integer_dot(x, q, ACT, PLAIN), x, q, (1,), PLAIN)
-    jitted = jax.jit(lambda x, q: integer_dot(x, q, ACT, PLAIN))(x, q)
-    np.testing.assert_allclose(jitted, integer_dot(x, q, ACT, PLAIN), rtol=4 * 2.0**-24)
+def test_rows_eager_and_jitted(rows):
+    x, q = normal(rows, 64), kernel("w8", 64, 24)
+    close(quantized_dot(x, q, None, ACT, PLAIN), x, q, ACT, (1,), PLAIN)
+    jitted = jax.jit(lambda x, q: quantized_dot(x, q, None, ACT, PLAIN))(x, q)
+    np.testing.assert_allclose(jitted, quantized_dot(x, q, None, ACT, PLAIN), rtol=4 * 2.0**-24)
 
 
-def test_batches_several_axes_and_transposed_weights():
-    spec = qj.QuantSpec(format=qj.IntFormat(8), block=(1, None, 1))
-    x, w = normal(3, 5, 16), normal(3, 16, 7, seed=1)
-    q = qj.quantize({"w": w}, qj.Policy([("w", spec)]))["w"]
-    numbers = (((2,), (1,)), ((0,), (0,)))
-    close(integer_dot(x, q, ACT, numbers), x, q, (2,), numbers)
-    spec = qj.QuantSpec(format=qj.IntFormat(8), block=(1, None, None))
-    q = qj.quantize({"w": normal(7, 3, 16, seed=1)}, qj.Policy([("w", spec)]))["w"]
+@pytest.mark.parametrize("act", ACTS)
+def test_batches_several_axes_and_transposed_weights(act):
+    act = ACTS[act]
+    spec = qj.QuantSpec(format=INT8, block=(1, None, 1), symmetric=False, observer=qj.minmax())
+    x, numbers = normal(3, 5, 16), (((2,), (1,)), ((0,), (0,)))
+    q = quantized(spec, 3, 16, 7)
+    close(quantized_dot(x, q, None, act, numbers), x, q, act, (2,), numbers)
+    spec = qj.QuantSpec(format=INT8, block=(1, None, None))
+    q = quantized(spec, 7, 3, 16)
     x, numbers = normal(2, 3, 5, 16), (((1, 3), (1, 2)), ((), ()))
-    close(integer_dot(x, q, ACT, numbers), x, q, (1, 3), numbers)
+    close(quantized_dot(x, q, None, act, numbers), x, q, act, (1, 3), numbers)
 
 
-def test_a_row_with_nan_is_nan_and_the_others_are_not():
+@pytest.mark.parametrize("act", ACTS)
+def test_given_scales(act):
+    """Static scales clip what lies beyond them, and are those of every row."""
+    act, x, q = ACTS[act], normal(6, 32), kernel("w8", 32, 10)
+    zero = None if act.symmetric else jnp.array(3, act.format.code_dtype)
+    given = Scales(jnp.float32(1 / 100), zero)
+    got = quantized_dot(x, q, given, act, PLAIN)
+    close(got, x, q, act, (1,), PLAIN, given)
+    np.testing.assert_array_equal(got[2:3], quantized_dot(x[2:3], q, given, act, PLAIN))
+
+
+@pytest.mark.parametrize("given", [None, Scales(jnp.float32(1 / 30))])
+@pytest.mark.parametrize("formats", [("w8", INT8), ("fp8", e4m3)])
+def test_a_row_with_nan_is_nan_and_the_others_are_not(given, formats):
     x = normal(6, 64).at[1, 3].set(jnp.nan).at[4, 0].set(jnp.inf)
-    y = integer_dot(x, kernel("w8", 64, 24), ACT, PLAIN)
+    act = qj.QuantSpec(format=formats[1])
+    y = quantized_dot(x, kernel(formats[0], 64, 24), given, act, PLAIN)
     np.testing.assert_array_equal(jnp.isnan(y).all(1), [False, True, False, False, True, False])
     assert bool(jnp.isfinite(y[jnp.array([0, 2, 3, 5])]).all())
 
 
 def test_a_row_of_zeros_is_zero():
-    y = integer_dot(jnp.zeros((2, 64)), kernel("w8", 64, 24), ACT, PLAIN)
-    np.testing.assert_array_equal(y, 0)
+    for act in ACTS.values():
+        y = quantized_dot(jnp.zeros((2, 64)), kernel("w8", 64, 24), None, act, PLAIN)
+        np.testing.assert_array_equal(y, 0)
 
 
-def test_the_gradient_passes_straight_through():
+@pytest.mark.parametrize("given", [None, Scales(jnp.float32(1 / 127))])
+def test_the_gradient_passes_straight_through(given):
     x, q = normal(3, 64), kernel("w8", 64, 24)
-    got = jax.grad(lambda x: integer_dot(x, q, ACT, PLAIN).sum())(x)
-    np.testing.assert_allclose(got, jnp.ones((3, 24)) @ qj.dequantize(q).T, rtol=1e-5, atol=1e-5)
+    got = jax.grad(lambda x: quantized_dot(x, q, given, ACT, PLAIN).sum())(x)
+    inside = 1.0 if given is None else jnp.abs(x) < 127.5 / 127  # beyond, it is clipped
+    expected = inside * (jnp.ones((3, 24)) @ qj.dequantize(q).T)
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("preset", ["w4g16", "nf4", "fp8", "mxfp8"])
+@pytest.mark.parametrize("act", [e4m3, e5m2])
+@pytest.mark.parametrize("weight", [e4m3, e5m2])
+def test_floats_of_8_bits(weight, act):
+    """Products of such floats are exact in float32; 64 of them are summed, each sum rounding by
+    2^-24 of the whole; and scales as in `close`."""
+    x, q, act = (
+        normal(5, 64),
+        quantized(qj.QuantSpec(format=weight), 64, 24),
+        qj.QuantSpec(format=act),
+    )
+    assert plan_dot(q, act, PLAIN, 5).lowering is Lowering.FP8
+    got = quantized_dot(x, q, None, act, PLAIN)
+    expected = np.asarray(fake_activation(x, act, None, (1,)), np.float64)
+    expected = expected @ np.asarray(qj.dequantize(q), np.float64)
+    size = np.abs(np.asarray(x, np.float64)) @ np.abs(np.asarray(qj.dequantize(q)))
+    assert np.all(np.abs(got - expected) <= 80 * 2.0**-24 * size)
+
+
+@pytest.mark.parametrize("preset", ["w4g16", "nf4", "fp8", "mxfp8", "mxfp4"])
 def test_what_has_no_integers_says_why(preset):
-    assert fits_integers(kernel(preset, 64, 24), ACT, (0,))
+    plan = plan_dot(kernel(preset, 64, 24), ACT, PLAIN, 5)
+    assert plan.lowering is Lowering.FLOAT and plan.reason
 
 
 APPLIES = {
@@ -101,7 +176,7 @@ def test_interception_means_the_same_however_the_model_writes_it(name, preset):
     x, act = normal(5, 64), q["kernel"].act
     got = intercept(apply)(q, x)
     # One scale a row of x is one a row of every form above, as each sums over all of a row.
-    expected = apply(qj.dequantize(q), fake_rows(x, act, (1,)))
+    expected = apply(qj.dequantize(q), fake_activation(x, act, None, (1,)))
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=2e-5)
     (site,) = intercept(apply).report(q, x).sites
     assert site.act == str(act.format)
@@ -118,8 +193,22 @@ def test_highest_precision_keeps_the_activation():
     np.testing.assert_array_equal(intercept(apply)(q, x), apply(qj.dequantize(q), x))
 
 
-def test_an_intercepted_model_exports_to_three_platforms_at_once():
-    q, x = qj.quantize({"kernel": normal(64, 24)}, "w8a8"), normal(5, 64)
+@pytest.mark.parametrize("formats", [(INT8, INT8), (UINT8, UINT8), (e4m3, e5m2)])
+def test_an_intercepted_model_exports_to_three_platforms_at_once(formats):
+    act = qj.QuantSpec(format=formats[1], symmetric=formats[1] is not UINT8, observer=qj.minmax())
+    spec = qj.QuantSpec(format=formats[0], act=act)
+    q = qj.quantize({"kernel": normal(64, 24)}, qj.Policy(otherwise=spec))
+    x = normal(5, 64)
     run = jax.jit(lambda x: intercept(lambda p, x: x @ p["kernel"])(q, x))
     data = jax.export.export(run, platforms=["cpu", "cuda", "tpu"])(x).serialize()
     np.testing.assert_array_equal(jax.export.deserialize(data).call(x), run(x))
+
+
+def test_a_missing_static_scale_is_an_error():
+    act = dataclasses.replace(ACT, block=qj.Granularity.TENSOR, static=True)
+    spec = qj.QuantSpec(format=INT8, act=act)
+    q = qj.quantize({"a": {"kernel": normal(64, 24)}}, qj.Policy(otherwise=spec))
+    with pytest.raises(ValueError, match="a/kernel: the scale of its activation is static"):
+        intercept(lambda p, x: x @ p["a"]["kernel"])(q, normal(5, 64))
+    with pytest.raises(ValueError, match="block=Granularity.TENSOR"):
+        qj.QuantSpec(format=INT8, static=True)

@@ -1,0 +1,53 @@
+"""How is the activation that meets a parameter rounded at a product? As its leaf says."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from jax import lax
+
+from quantjax.affine import Scales
+from quantjax.interpret.param import Param
+from quantjax.ops import fake_activation
+from quantjax.qtensor import QTensor
+from quantjax.spec import QuantSpec
+
+
+class Rounded(NamedTuple):
+    """How the activation that meets a parameter is rounded; `given` are its static scales."""
+
+    spec: QuantSpec
+    given: Scales | None
+
+    def fake(self, x: Any, summed: Sequence[int]) -> Any:
+        """x as the product sees it, in floats."""
+        return fake_activation(x, self.spec, self.given, summed)
+
+    def __str__(self) -> str:
+        how = str(self.spec.format) if self.spec.symmetric else f"{self.spec.format} asymmetric"
+        return f"{how}, static" if self.given else how
+
+
+def rounded_activation(eqn: Any, x: Param) -> Rounded | None:
+    """Not at all where the model asks for the highest precision. Raises ValueError, naming the
+    parameter, where the scale is static and was never found."""
+    precision = eqn.params.get("precision")
+    wanted = precision if isinstance(precision, tuple) else (precision,)
+    if not isinstance(x.value, QTensor) or lax.Precision.HIGHEST in wanted:
+        return None
+    q = x.value
+    if q.act is None:
+        return None
+    if q.act_scale is None:
+        if q.act.static:
+            raise ValueError(
+                f"{x.path}: the scale of its activation is static, but was not found yet: pass the "
+                f"policy to quantjax.calibrate with some batches, or give the activation "
+                f"static=False."
+            )
+        return Rounded(q.act, None)
+    if q.act_scale.shape:
+        raise ValueError(
+            f"{x.path}: expected one activation scale at this product, got {q.act_scale.shape}: "
+            f"its leading axes are layers, but no scan or index takes them off."
+        )
+    return Rounded(q.act, Scales(q.act_scale, q.act_zero_point))
