@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 import tyro
+from rich.console import Console
 
 import quantjax as qj
 from experiments.bench_candidates import FROM_MEMORY, candidates, quantized_trees, tree_bytes
@@ -29,6 +30,7 @@ from experiments.bench_models import CASES, Case
 from experiments.report import environment, print_table, write_json
 from experiments.tables import inference_markdown
 from experiments.timing import hardware_limits, interleaved, speedup
+from quantjax.ops import probe
 
 # Of the output, relative: eight layers in a row, whose roundings lose 0.8 % and 11 % each at most.
 BOUNDS = {8: 0.05, 4: 0.5}
@@ -40,7 +42,7 @@ class Config:
     out, publish: as in `article`."""
 
     cases: tuple[str, ...] = ("*",)
-    seconds: float = 15.0
+    seconds: float = 12.0
     out: Path = Path("runs")
     publish: bool = False
 
@@ -137,9 +139,13 @@ def main(config: Config) -> None:
         f"{FROM_MEMORY / 2**20:.0f} MiB of each format; the other formats come in between"
     )
     payload["limits"] = limits = hardware_limits()
+    if jax.default_backend() == "cpu":
+        payload["integer_product"] = str(probe())
     payload["rows"], payload["compile"] = [], []
+    console = Console(stderr=True)
     for name in names:
         case = CASES[name]()
+        console.print(case.name)
         payload["rows"] += measure(case, limits, config.seconds)
         if name == "prefill":
             payload["compile"] += compile_seconds(case)

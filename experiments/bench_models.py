@@ -133,7 +133,7 @@ def _transformer(*, decode: bool) -> Case:
     if not decode:
         return Case(f"transformer, {TOKENS} tokens", transformer, params, (tokens, cache))
     _, cache = jax.jit(transformer)(params, tokens[:, :-1], cache)
-    return Case("transformer, next token", transformer, params, (tokens[:, -1:], cache))
+    return Case("transformer, one token", transformer, params, (tokens[:, -1:], cache))
 
 
 # By the name that `--cases` takes; made when asked for, as some take hundreds of megabytes.

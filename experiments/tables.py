@@ -140,7 +140,7 @@ def inference_markdown(
 ) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """float32 in milliseconds, then how many times faster each candidate is; in brackets the
     share of what the machine could do at best, by operations or by bytes of weights, whichever
-    is nearer. The last rows: how many times as long tracing and compiling take."""
+    is nearer. The last rows: the same of tracing and compiling."""
     found = {(row["case"], row["how"]): row for row in payload["rows"]}
     hows = list(dict.fromkeys(how for _, how in found if how != "float32"))
     rows = []
@@ -152,9 +152,9 @@ def inference_markdown(
     compiled = {(row["case"], row["how"]): row for row in payload["compile"]}
     for case in dict.fromkeys(case for case, _ in compiled):
         cells = [compiled.get((case, how)) for how in hows]
-        texts = [f"{c['times_as_long']:.2f} as long" if c else "" for c in cells]
+        texts = [f"{1 / c['times_as_long']:.2f}" if c else "" for c in cells]
         seconds = f"{compiled[case, 'float32']['median_s']:.2f} s"
-        rows.append((f"{case}: compiling", seconds, *texts))
+        rows.append((f"compiling the {case}", seconds, *texts))
     return ("case", "float32", *hows), rows
 
 
