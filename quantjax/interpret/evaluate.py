@@ -2,8 +2,9 @@
 
 An equation without a parameter is bound again as it was. One with a parameter goes to its rule
 (`rules`); without a rule the parameter becomes its float array, and that is recorded. Calls are
-entered where JAX lets one enter without losing anything: jit, scan, remat, cond and while.
-Functions with custom derivatives are not, as inlining would lose the derivative."""
+entered where JAX lets one enter without losing anything: jit, scan, remat, cond, while, and
+functions with a custom JVP, which keep it. Those with a custom VJP are not entered, as its
+residuals are made of what the function was given; nor are shard_map, kernels and foreign calls."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -14,11 +15,15 @@ from jax import lax
 
 from quantjax.interpret import jax_compat as compat
 from quantjax.interpret import rules
+from quantjax.interpret.layouts import laid_out
 from quantjax.interpret.param import Param, layer, stack
 from quantjax.interpret.products import PRODUCTS
 from quantjax.interpret.record import Place, Record
 
 Value = Any  # an array or a Param
+_NO_RULE = "dequantized here: no rule for this operation"
+_NOT_ENTERED = "dequantized here: not entered"
+_INSIDE = "not entered: products inside stay as they are"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +46,16 @@ class Machine:
         if value.quantized:
             self.note(place, value.path, primitive, reason)
         return value.array()
+
+
+def constrained(machine: Machine, x: Value, sharding: Any, place: Place, primitive: str) -> Value:
+    """The value under a sharding constraint; its codes and scales if they can be cut alike."""
+    if isinstance(x, Param):
+        view = laid_out(x, sharding, lax.with_sharding_constraint)
+        if view is not None:
+            return view
+    x = machine.array(x, place, primitive, "dequantized here: its codes can not be laid out so")
+    return lax.with_sharding_constraint(x, sharding)
 
 
 def evaluate(
@@ -85,18 +100,19 @@ def _last_uses(jaxpr: Any) -> dict[int, list[Any]]:
 def _equation(machine: Machine, eqn: Any, inputs: list[Value], place: Place) -> list[Value]:
     name = eqn.primitive.name
     call = _CALLS.get(name)
-    if call is not None and (any(isinstance(x, Param) for x in inputs) or _has_products(eqn)):
+    used = any(isinstance(x, Param) for x in inputs)
+    if call is not None and (used or _has_products(eqn)):
         return call(machine, eqn, inputs, place)
-    if not any(isinstance(x, Param) for x in inputs):
+    if not used:
         if name in PRODUCTS:
-            reason = "a product of two activations"
-            machine.record.remark(place, "", name, reason)
+            machine.record.remark(place, "", name, "a product of two activations")
+        elif call is None and _has_products(eqn):
+            machine.record.remark(place, "", name, _INSIDE)
         return compat.rebind(eqn, inputs)
     out = rules.apply(machine, eqn, inputs, place)
     if out is not None:
         return out
-    reason = "dequantized here: no rule for this operation"
-    return compat.rebind(eqn, _arrays(machine, inputs, place, name, reason))
+    return compat.rebind(eqn, _arrays(machine, inputs, place, name, _NO_RULE))
 
 
 def _has_products(eqn: Any) -> bool:
@@ -110,10 +126,18 @@ def _has_products(eqn: Any) -> bool:
 
 
 def _jit(machine: Machine, eqn: Any, inputs: list[Value], place: Place) -> list[Value]:
-    if compat.is_plain_jit(eqn.params):
-        return evaluate(machine, eqn.params["jaxpr"], inputs, place)
-    reason = "dequantized here: a nested jit with shardings or compiler options"
-    return compat.rebind(eqn, _arrays(machine, inputs, place, "jit", reason))
+    asked = compat.jit_shardings(eqn.params)
+    if asked is None:
+        reason = "dequantized here: a nested jit with layouts or compiler options"
+        return compat.rebind(eqn, _arrays(machine, inputs, place, "jit", reason))
+
+    def constrain(values: Sequence[Value], shardings: Sequence[Any]) -> list[Value]:
+        pairs = zip(values, shardings, strict=True)
+        return [x if s is None else constrained(machine, x, s, place, "jit") for x, s in pairs]
+
+    ins, outs = asked
+    out = evaluate(machine, eqn.params["jaxpr"], constrain(inputs, ins), place)
+    return constrain(out, outs)
 
 
 def _remat(machine: Machine, eqn: Any, inputs: list[Value], place: Place) -> list[Value]:
@@ -160,7 +184,14 @@ def _scan(machine: Machine, eqn: Any, inputs: list[Value], place: Place) -> list
 def _cond(machine: Machine, eqn: Any, inputs: list[Value], place: Place) -> list[Value]:
     index, *operands = inputs
     branches = [_branch(machine, b, place) for b in eqn.params["branches"]]
-    return lax.switch(index, branches, *operands)
+    platforms = compat.branch_platforms(eqn.params)
+    if platforms is None:
+        return lax.switch(index, branches, *operands)
+    # Each platform compiles its own branch alone; the others may not exist for it.
+    pairs = list(zip(platforms, branches, strict=True))
+    default = next((run for names, run in pairs if names is None), None)
+    own = {name: run for names, run in pairs if names is not None for name in names}
+    return lax.platform_dependent(*operands, default=default, **own)
 
 
 def _branch(machine: Machine, jaxpr: compat.Jaxpr, place: Place) -> Callable[..., list[Any]]:
@@ -185,10 +216,30 @@ def _while(machine: Machine, eqn: Any, inputs: list[Value], place: Place) -> lis
     return lax.while_loop(proceed, body, start)
 
 
+def _custom_jvp(machine: Machine, eqn: Any, inputs: list[Value], place: Place) -> list[Value]:
+    """Its value is entered; its derivative stays the user's rule, run on float arrays."""
+
+    @jax.custom_jvp
+    def run(*args: Value) -> list[Any]:
+        out = evaluate(machine, eqn.params["call_jaxpr"], args, place)
+        return _arrays(machine, out, place, eqn.primitive.name)
+
+    def original(*args: Value) -> list[Any]:
+        return compat.rebind(eqn, [x.array() if isinstance(x, Param) else x for x in args])
+
+    @run.defjvp
+    def derivative(primals: Any, tangents: Any) -> Any:
+        return run(*primals), jax.jvp(original, primals, tangents)[1]
+
+    return run(*inputs)
+
+
 def _opaque(machine: Machine, eqn: Any, inputs: list[Value], place: Place) -> list[Value]:
-    reason = "dequantized here: a function with a derivative of its own is not entered"
+    """What must not be opened, or is not known to be a call: it gets float arrays."""
     name = eqn.primitive.name
-    return compat.rebind(eqn, _arrays(machine, inputs, place, name, reason))
+    if not any(isinstance(x, Param) for x in inputs):
+        machine.record.remark(place, "", name, _INSIDE)
+    return compat.rebind(eqn, _arrays(machine, inputs, place, name, _NOT_ENTERED))
 
 
 def _arrays(
@@ -204,6 +255,7 @@ _CALLS: dict[str, Callable[..., list[Value]]] = {
     compat.SCAN: _scan,
     compat.COND: _cond,
     compat.WHILE: _while,
-    compat.CUSTOM_JVP: _opaque,
+    compat.CUSTOM_JVP: _custom_jvp,
     compat.CUSTOM_VJP: _opaque,
+    **dict.fromkeys(compat.OPAQUE, _opaque),
 }

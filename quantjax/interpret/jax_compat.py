@@ -12,6 +12,11 @@ from jax.extend import core
 from jax.extend.core import primitives as p
 
 JIT, SCAN, REMAT, COND, WHILE = p.jit_p.name, p.scan_p.name, p.remat_p.name, "cond", "while"
+# Calls that are not entered: what they compute is fixed by more than their jaxpr.
+OPAQUE = (
+    *("shard_map", "pallas_call", "ffi_call", "custom_partitioning", "custom_vmap_call"),
+    *("pure_callback", "io_callback", "linear_call", "custom_lin"),
+)
 CUSTOM_JVP, CUSTOM_VJP = p.custom_jvp_call_p.name, p.custom_vjp_call_p.name
 
 Literal = core.Literal
@@ -70,9 +75,23 @@ def scope(name: str) -> Iterator[None]:
         yield
 
 
-def is_plain_jit(params: dict[str, Any]) -> bool:
-    """Whether a nested jit asks for nothing but compilation, so that its body can stand for it."""
-    shardings = (*params["in_shardings"], *params["out_shardings"])
+def jit_shardings(params: dict[str, Any]) -> tuple[list[Any], list[Any]] | None:
+    """What a nested jit asks of the layout of its inputs and outputs, None for each that is free,
+    so that its body and these constraints can stand for it; None if it asks for more."""
     layouts = (*params["in_layouts"], *params["out_layouts"])
-    free = all(type(s).__name__ == "UnspecifiedValue" for s in shardings)
-    return free and all(x is None for x in layouts) and not params["compiler_options_kvs"]
+    if any(x is not None for x in layouts) or params["compiler_options_kvs"]:
+        return None
+
+    def asked(sharding: Any) -> Any:
+        return None if type(sharding).__name__ == "UnspecifiedValue" else sharding
+
+    ins, outs = ([asked(s) for s in params[side]] for side in ("in_shardings", "out_shardings"))
+    if not all(s is None or isinstance(s, jax.sharding.Sharding) for s in (*ins, *outs)):
+        return None
+    return ins, outs
+
+
+def branch_platforms(params: dict[str, Any]) -> Any:
+    """For each branch of a cond the platforms it is for, None for the default; None if it is no
+    choice of platforms."""
+    return params.get("branches_platforms")

@@ -80,9 +80,13 @@ def reshaped(x: Param, shape: Sequence[int]) -> Param | None:
     axes, at = [], 0
     for n in shape:
         group, have = [], 1
-        while have < n and at < len(singles):
+        if n == 1 and lengths[at : at + 1] == [1]:
             group.append(singles[at])
-            have *= lengths[at]
+            at += 1
+        while have < n and at < len(singles):
+            if lengths[at] != 1:  # an axis of length one that is not asked for is dropped
+                group.append(singles[at])
+                have *= lengths[at]
             at += 1
         if have != n:
             return None
@@ -99,33 +103,49 @@ def cast(x: Param, dtype: np.dtype) -> Param:
 
 
 def as_qtensor(x: Param) -> QTensor | None:
-    """The view as a QTensor of its own; None where axes were merged or a cast came on a cast."""
+    """The view as a QTensor of its own; None where axes were merged, a cast came on a cast, or
+    codes are packed along an axis of length one that the view lacks."""
     q = x.value
-    order = [group[0] for group in x.axes if len(group) == 1]
-    if not isinstance(q, QTensor) or len(order) != q.ndim or len(x.casts) > 1:
+    if not isinstance(q, QTensor) or len(x.casts) > 1 or any(len(g) > 1 for g in x.axes):
         return None
-    dtype = x.dtype
-    return dataclasses.replace(q if order == sorted(order) else _moved(q, order), dtype=dtype)
+    order = [group[0] if group else None for group in x.axes]
+    moved = q if order == list(range(q.ndim)) else _moved(q, order)
+    return None if moved is None else dataclasses.replace(moved, dtype=x.dtype)
 
 
-def _moved(q: QTensor, order: list[int]) -> QTensor:
-    """The axes of a QTensor in another order, those of its children and static facts with them."""
-
-    block = (1,) * (q.ndim - len(q.block)) + q.block
-    packed = q.packed
+def _moved(q: QTensor, order: list[int | None]) -> QTensor | None:
+    """The axes of a QTensor in another order, those of its children and static facts with them.
+    None stands for a new axis of length one; axes that are not named have that length and go."""
+    block, packed, scale = (1,) * (q.ndim - len(q.block)) + q.block, q.packed, q.scale
+    layered = q.codebook is not None or (q.act_scale is not None and q.act_scale.ndim > 0)
+    if layered and len(q.block) < q.ndim:
+        return None  # there is one for each of the leading axes, which come first
     if packed is not None:
-        packed = (order.index(packed[0] % q.ndim) - q.ndim, packed[1])
-    scale = q.scale
-    if scale is not None:
-        scale = _moved(scale, order) if isinstance(scale, QTensor) else jnp.transpose(scale, order)
+        if packed[0] % q.ndim not in order:
+            return None
+        packed = (order.index(packed[0] % q.ndim) - len(order), packed[1])
+    if isinstance(scale, QTensor):
+        scale = _moved(scale, order)
+        if scale is None:
+            return None
+    elif scale is not None:
+        scale = _reordered(scale, order)
     return dataclasses.replace(
         q,
-        qvalue=jnp.transpose(q.qvalue, order),
+        qvalue=_reordered(q.qvalue, order),
         scale=scale,
-        zero_point=None if q.zero_point is None else jnp.transpose(q.zero_point, order),
-        block=tuple(block[a] for a in order),
+        zero_point=None if q.zero_point is None else _reordered(q.zero_point, order),
+        block=tuple(1 if a is None else block[a] for a in order),
         packed=packed,
     )
+
+
+def _reordered(x: jax.Array, order: list[int | None]) -> jax.Array:
+    kept = [a for a in order if a is not None]
+    gone = [a for a in range(x.ndim) if a not in kept]
+    x = jnp.transpose(x, [*gone, *kept])
+    lengths = iter(x.shape[len(gone) :])
+    return x.reshape([1 if a is None else next(lengths) for a in order])
 
 
 def stack(x: Param) -> jax.Array | QTensor | None:
