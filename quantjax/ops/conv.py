@@ -1,0 +1,311 @@
+"""The convolution of 8-bit codes, exact in integers: on CPU and GPU the product of patches with
+the kernel, on TPU the native operation.
+
+The code that stands for zero pads the borders: Jacob et al. 2018, arXiv:1712.05877, section 2.4.
+CuDNN has no s8 x s8 -> s32: XLA refuses it on GPUs, https://github.com/jax-ml/jax/issues/7637."""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
+from jaxtyping import Array, Int8, Int32, Integer, UInt8
+
+from quantjax.ops.depthwise import depthwise
+from quantjax.ops.forms import flip
+from quantjax.ops.patches import Window, convolve
+from quantjax.ops.probe import force, forced, probe
+from quantjax.ops.transposed import interleave, kernel_of_phases, phases
+
+# Bytes of patches at a time. On CPU, patches that leave the second-level cache cost more than the
+# product: 256 x 16x16x64, 3x3, takes 1.1 of float's speed in one piece, 2.4 in blocks of 0.25 to
+# 1 MiB. On GPUs a block must only bound the memory.
+CPU_PATCHES, GPU_PATCHES = 2**20, 2**28
+# What integers save and cost on CPU for each place of the window, in multiply-adds of XLA's float32
+# convolution. Fitted to the medians of 70 layers at batch 1, 32 and 256, quantizing the input and
+# scaling the output included, on two cores of an Intel Xeon with AMX and VNNI: ratios to float of
+# 3x3 layers 0.5 to 0.8 with 16 channels in and out, 0.8 to 0.9 with 32, 1.1 to 3.5 from 32 to 64,
+# 1.3 to 2.1 with 64, 2.3 to 3.9 with 128; 1x1 layers 0.4 to 0.7 from 32 to 192, 0.7 to 1.3 from 64
+# to 256, 1.5 to 2.4 from 256 to 64, 2.6 to 3.1 from 256 to 1024; 16x16 patches of 3 to 384, 1.8 to
+# 2.3. Groups 1.3 to 7, one channel each 1.9 to 15, three spatial axes 6 to 8: XLA's own are slow.
+GAIN = 5.0  # how many integer multiply-adds take the time of a float one
+OUTPUT, INPUT = 50.0, 24.0  # to write one int32 and scale it; to quantize one input
+PATCH, THIN = 20.0, 60.0  # to copy one byte into a patch; the same in runs of less than 16 bytes
+
+Groups = tuple[int, int]  # of features, of the batch; one of them is 1
+
+
+def integer_conv(
+    x: Int8[Array, "*x"] | UInt8[Array, "*x"],
+    w: Int8[Array, "*w"],
+    *,
+    pad_value: int | Integer[Array, ""] | Integer[Array, " N"],
+    window_strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    lhs_dilation: Sequence[int],
+    rhs_dilation: Sequence[int],
+    dimension_numbers: lax.ConvDimensionNumbers,
+    feature_group_count: int = 1,
+    batch_group_count: int = 1,
+) -> Int32[Array, "*y"]:
+    """`lax.conv_general_dilated` of integer codes, summed exactly in int32.
+
+    The arguments are those of the primitive, so padding is in pairs, which may be negative.
+    `pad_value` is the code of zero, one for all or one for each example: it fills the padding and
+    the holes of `lhs_dilation`. Sums of more than 65,000 terms may pass 2^31 and wrap. It has no
+    gradient. Raises TypeError for other dtypes, ValueError for a number that is no code of x.
+
+    >>> numbers = lax.conv_dimension_numbers((1, 3, 1), (3, 1, 1), ("NWC", "WIO", "NWC"))
+    >>> x, w = jnp.array([[[7], [9], [8]]], jnp.uint8), jnp.ones((3, 1, 1), jnp.int8)
+    >>> steps = {"window_strides": (1,), "lhs_dilation": (1,), "rhs_dilation": (1,)}
+    >>> y = integer_conv(x, w, pad_value=5, padding=((1, 1),), dimension_numbers=numbers, **steps)
+    >>> y[0, :, 0].tolist()
+    [21, 24, 22]
+    """
+    bounds = jnp.iinfo(x.dtype)
+    if isinstance(pad_value, int) and not bounds.min <= pad_value <= bounds.max:
+        raise ValueError(f"integer_conv: pad_value {pad_value} is no code of {x.dtype}.")
+    numbers, zero = dimension_numbers, jnp.asarray(pad_value, x.dtype)
+    lengths = [x.shape[a] for a in numbers.lhs_spec[2:]]
+    size = tuple(w.shape[a] for a in numbers.rhs_spec[2:])
+    steps = (*window_strides, *rhs_dilation, batch_group_count)
+    if max(lhs_dilation) > 1 and set(steps) == {1}:
+        axes = [phases(*axis) for axis in zip(lengths, size, padding, lhs_dilation, strict=True)]
+        if all(axis.out > 0 for axis in axes):
+            v = kernel_of_phases(w, axes, numbers, feature_group_count)
+            y = _bind(
+                _pad(x, zero, [(*axis.pad, 0) for axis in axes], numbers),
+                v,
+                window=Window(tuple(axis.size for axis in axes), *((1,) * len(axes),) * 2),
+                numbers=numbers,
+                groups=(feature_group_count, 1),
+                form=forced(),
+            )
+            return interleave(y, w, v, zero, axes, numbers, feature_group_count)
+    pads = [(*pad, holes - 1) for pad, holes in zip(padding, lhs_dilation, strict=True)]
+    return _bind(
+        _pad(x, zero, pads, numbers),
+        w,
+        window=Window(size, tuple(window_strides), tuple(rhs_dilation)),
+        numbers=numbers,
+        groups=(feature_group_count, batch_group_count),
+        form=forced(),
+    )
+
+
+def _pad(
+    x: jax.Array, zero: jax.Array, pads: Sequence[tuple[int, int, int]], numbers: Any
+) -> jax.Array:
+    """The spatial axes padded by the code of zero, which may be one for each example."""
+    edges = [(0, 0, 0)] * x.ndim
+    for a, pad in zip(numbers.lhs_spec[2:], pads, strict=True):
+        edges[a] = pad
+    if zero.ndim == 0:
+        return lax.pad(x, zero, edges)
+    batch = numbers.lhs_spec[0]
+    del edges[batch]
+    return jax.vmap(lambda x, zero: lax.pad(x, zero, edges), (batch, 0), batch)(x, zero)
+
+
+def prefers_integers(
+    x_shape: Sequence[int],
+    w_shape: Sequence[int],
+    *,
+    window_strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    lhs_dilation: Sequence[int],
+    rhs_dilation: Sequence[int],
+    dimension_numbers: lax.ConvDimensionNumbers,
+    feature_group_count: int = 1,
+    batch_group_count: int = 1,
+) -> str:
+    """Why a convolution is faster in float on CPU; empty if `integer_conv` is, with its input
+    quantized and its output scaled on the way.
+
+    >>> shape = {"padding": ((1, 1),) * 2, "window_strides": (1, 1), "lhs_dilation": (1, 1)}
+    >>> numbers = lax.conv_dimension_numbers((1,) * 4, (1,) * 4, ("NHWC", "HWIO", "NHWC"))
+    >>> shape |= {"rhs_dilation": (1, 1), "dimension_numbers": numbers}
+    >>> prefers_integers((32, 16, 16, 64), (3, 3, 64, 64), **shape)
+    ''
+    >>> prefers_integers((32, 32, 32, 3), (3, 3, 3, 16), **shape)
+    'a sum of 27 to 16 outputs gains less than patches and scales cost'
+    """
+    outputs, channels, *size = (w_shape[a] for a in dimension_numbers.rhs_spec)
+    if max(feature_group_count, batch_group_count) > 1 or len(size) > 2:
+        return ""
+    saved = math.prod(size) * channels * outputs  # by a place of the window: by one of the input
+    if max(lhs_dilation) > 1:
+        if {*window_strides, *rhs_dilation} != {1}:
+            return "steps of more than one over holes"
+        lengths = [x_shape[a] for a in dimension_numbers.lhs_spec[2:]]
+        axes = [phases(*axis) for axis in zip(lengths, size, padding, lhs_dilation, strict=True)]
+        size, outputs = [axis.size for axis in axes], outputs * math.prod(lhs_dilation)
+    window = math.prod(size)
+    seen = min(window, math.prod(window_strides))  # how much of the input is new at each place
+    patch = 0.0 if window == 1 else PATCH if channels >= 16 else THIN
+    cost = outputs * OUTPUT + window * channels * patch + channels * seen * INPUT
+    if saved - window * channels * outputs / GAIN > cost:
+        return ""
+    summed = window * channels
+    return f"a sum of {summed} to {outputs} outputs gains less than patches and scales cost"
+
+
+# The primitive: a convolution of an input that is padded and dilated already.
+integer_conv_p = Primitive("integer_conv")
+
+
+def _bind(x: Any, w: Any, **params: Any) -> jax.Array:
+    return integer_conv_p.bind(x, w, **params)
+
+
+_compiled = jax.jit(_bind, static_argnames=("window", "numbers", "groups", "form"))
+integer_conv_p.def_impl(_compiled)
+
+
+def _native(x: jax.Array, w: jax.Array, window: Window, numbers: Any, groups: Groups) -> jax.Array:
+    return lax.conv_general_dilated(
+        x,
+        w,
+        window.strides,
+        [(0, 0)] * len(window.size),
+        rhs_dilation=window.dilation,
+        dimension_numbers=numbers,
+        feature_group_count=groups[0],
+        batch_group_count=groups[1],
+        preferred_element_type=jnp.int32,
+    )
+
+
+@integer_conv_p.def_abstract_eval
+def _abstract(
+    x: Any, w: Any, *, window: Window, numbers: Any, groups: Groups, form: str | None
+) -> Any:
+    if x.dtype not in (np.int8, np.uint8) or w.dtype != np.int8:
+        raise TypeError(
+            f"integer_conv: expected int8 or uint8 and int8, got {x.dtype} and {w.dtype}."
+        )
+    signed = jax.ShapeDtypeStruct(x.shape, jnp.int8)
+    out = jax.eval_shape(lambda x, w: _native(x, w, window, numbers, groups), signed, w)
+    return jax.core.ShapedArray(out.shape, jnp.int32)
+
+
+def _as(dtype: Any, x: jax.Array, w: jax.Array, numbers: Any) -> tuple[jax.Array, Any]:
+    """The codes in the other type, 128 apart, and what every output of them then misses: 128 times
+    the sum of its weights, as no padding is left to be made."""
+    if x.dtype == dtype:
+        return x, 0
+    sums = jnp.sum(w, [a for a in range(w.ndim) if a != numbers.rhs_spec[0]], dtype=jnp.int32)
+    sums = lax.expand_dims(sums, [a for a in range(x.ndim) if a != numbers.out_spec[1]])
+    return flip(x), sums * (128 if x.dtype == np.uint8 else -128)
+
+
+def _on_tpu(
+    x: jax.Array, w: jax.Array, *, window: Window, numbers: Any, groups: Groups, form: str | None
+) -> jax.Array:
+    x, missing = _as(np.int8, x, w, numbers)
+    return _native(x, w, window, numbers, groups) + missing
+
+
+def _elsewhere(
+    x: jax.Array, w: jax.Array, *, window: Window, numbers: Any, groups: Groups, form: str | None
+) -> jax.Array:
+    x, missing = _as(np.int8, x, w, numbers)
+    return _by_patches(x, w, window, numbers, groups, GPU_PATCHES) + missing
+
+
+def _lower_on_cpu(
+    ctx: Any, x: Any, w: Any, *, window: Window, numbers: Any, groups: Groups, form: str | None
+) -> Any:
+    """By the product that the probe ranks first, asked here, where the platform is known. Codes
+    take its type before patches repeat them."""
+    form = form or probe().form
+    dtype = np.uint8 if form == "u8s8" else np.int8
+
+    def chosen(x: jax.Array, w: jax.Array) -> jax.Array:
+        x, missing = _as(dtype, x, w, numbers)
+        with force(form):
+            return _by_patches(x, w, window, numbers, groups, CPU_PATCHES) + missing
+
+    return mlir.lower_fun(chosen, multiple_results=False)(ctx, x, w)
+
+
+mlir.register_lowering(integer_conv_p, mlir.lower_fun(_elsewhere, multiple_results=False))
+mlir.register_lowering(
+    integer_conv_p, mlir.lower_fun(_on_tpu, multiple_results=False), platform="tpu"
+)
+mlir.register_lowering(integer_conv_p, _lower_on_cpu, platform="cpu")
+
+
+def _by_patches(
+    x: jax.Array,
+    w: jax.Array,
+    window: Window,
+    numbers: lax.ConvDimensionNumbers,
+    groups: Groups,
+    limit: int,
+) -> jax.Array:
+    """Channels last, groups first; then the axes as they were asked for."""
+    # G groups, N batch, S spatial axes, C inputs and O outputs of a group, K window
+    x_NSC = jnp.transpose(x, (numbers.lhs_spec[0], *numbers.lhs_spec[2:], numbers.lhs_spec[1]))
+    w_KCO = jnp.transpose(w, (*numbers.rhs_spec[2:], numbers.rhs_spec[1], numbers.rhs_spec[0]))
+    conv = functools.partial(convolve, window=window)
+    count = max(groups)
+    if groups[0] == x_NSC.shape[-1] > 1:
+        y_NSO = depthwise(x_NSC, w_KCO, window)
+    elif count == 1:
+        y_NSO = conv(x_NSC, w_KCO, limit=limit)
+    else:
+        x_GNSC = _split(x_NSC, x.ndim - 1 if groups[0] > 1 else 0, count)
+        w_GKCO = _split(w_KCO, w.ndim - 1, count)
+        y_GNSO = jax.vmap(functools.partial(conv, limit=limit // count))(x_GNSC, w_GKCO)
+        y_NSO = _merge(y_GNSO, x.ndim - 1)
+    order = (numbers.out_spec[0], *numbers.out_spec[2:], numbers.out_spec[1])
+    return jnp.transpose(y_NSO, np.argsort(order))
+
+
+def _split(x: jax.Array, axis: int, count: int) -> jax.Array:
+    """An axis in `count` runs, which become the first axis."""
+    shape = (*x.shape[:axis], count, x.shape[axis] // count, *x.shape[axis + 1 :])
+    return jnp.moveaxis(x.reshape(shape), axis, 0)
+
+
+def _merge(x: jax.Array, axis: int, groups: int = 1) -> jax.Array:
+    """The first axis goes into another, of the result: behind the `groups` that this is made of."""
+    n, *shape = x.shape
+    runs = (*shape[:axis], groups, shape[axis] // groups, *shape[axis + 1 :])
+    x = jnp.moveaxis(x.reshape(n, *runs), 0, axis + 1)
+    return x.reshape(*shape[:axis], n * shape[axis], *shape[axis + 1 :])
+
+
+def _batch(
+    args: Any, dims: Any, *, window: Window, numbers: Any, groups: Groups, form: str | None
+) -> tuple[jax.Array, int]:
+    """A mapped axis joins an axis there is: of x alone the batch, of w alone the outputs, of both
+    the groups."""
+    x, w = (a if d is None else jnp.moveaxis(a, d, 0) for a, d in zip(args, dims, strict=True))
+    rest = {"window": window, "numbers": numbers, "form": form}
+    (n_x, c_x), o_w = numbers.lhs_spec[:2], numbers.rhs_spec[0]
+    n_y, o_y = numbers.out_spec[:2]
+    x_mapped, w_mapped = (d is not None for d in dims)
+    if x_mapped and w_mapped:
+        size, grouped = x.shape[0], groups[1] > 1
+        x, w = _merge(x, n_x if grouped else c_x), _merge(w, o_w)
+        more = (1, size * groups[1]) if grouped else (size * groups[0], 1)
+        return _split(_bind(x, w, groups=more, **rest), o_y, size), 0
+    if x_mapped:
+        size = x.shape[0]
+        y = _bind(_merge(x, n_x, groups[1]), w, groups=groups, **rest)
+        return _split(y, n_y, size), 0
+    size, count = w.shape[0], max(groups)
+    y = _bind(x, _merge(w, o_w, count), groups=groups, **rest)
+    y = _split(_split(y, o_y, count), o_y + 1, size)  # mapped, groups, axes of y
+    return jax.vmap(lambda y: _merge(y, o_y))(y), 0
+
+
+batching.primitive_batchers[integer_conv_p] = _batch
