@@ -1,6 +1,7 @@
 """Products in low precision, each with the lowering that is fast on its platform."""
 
 from quantjax.ops.activation import activation_codes, fake_activation
+from quantjax.ops.conv import integer_conv, prefers_integers
 from quantjax.ops.dot import Lowering, Plan, plan_dot, quantized_dot
 from quantjax.ops.forms import DimensionNumbers, Pair
 from quantjax.ops.integer import integer_dot_general
@@ -15,8 +16,10 @@ __all__ = [
     "activation_codes",
     "fake_activation",
     "force",
+    "integer_conv",
     "integer_dot_general",
     "plan_dot",
+    "prefers_integers",
     "probe",
     "quantized_dot",
 ]

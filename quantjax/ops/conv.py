@@ -19,7 +19,7 @@ from jaxtyping import Array, Int8, Int32, Integer, UInt8
 
 from quantjax.ops.depthwise import depthwise
 from quantjax.ops.forms import flip
-from quantjax.ops.patches import Window, convolve
+from quantjax.ops.patches import Window, convolve, output_sums
 from quantjax.ops.probe import force, forced, probe
 from quantjax.ops.transposed import interleave, kernel_of_phases, phases
 
@@ -87,7 +87,8 @@ def integer_conv(
                 groups=(feature_group_count, 1),
                 form=forced(),
             )
-            return interleave(y, w, v, zero, axes, numbers, feature_group_count)
+            added = None if isinstance(pad_value, int) and pad_value == 0 else zero
+            return interleave(y, w, v, added, axes, numbers, feature_group_count)
     pads = [(*pad, holes - 1) for pad, holes in zip(padding, lhs_dilation, strict=True)]
     return _bind(
         _pad(x, zero, pads, numbers),
@@ -200,8 +201,9 @@ def _as(dtype: Any, x: jax.Array, w: jax.Array, numbers: Any) -> tuple[jax.Array
     the sum of its weights, as no padding is left to be made."""
     if x.dtype == dtype:
         return x, 0
-    sums = jnp.sum(w, [a for a in range(w.ndim) if a != numbers.rhs_spec[0]], dtype=jnp.int32)
-    sums = lax.expand_dims(sums, [a for a in range(x.ndim) if a != numbers.out_spec[1]])
+    sums = lax.expand_dims(
+        output_sums(w, numbers), [a for a in range(x.ndim) if a != numbers.out_spec[1]]
+    )
     return flip(x), sums * (128 if x.dtype == np.uint8 else -128)
 
 
@@ -228,8 +230,8 @@ def _lower_on_cpu(
     dtype = np.uint8 if form == "u8s8" else np.int8
 
     def chosen(x: jax.Array, w: jax.Array) -> jax.Array:
-        x, missing = _as(dtype, x, w, numbers)
         with force(form):
+            x, missing = _as(dtype, x, w, numbers)
             return _by_patches(x, w, window, numbers, groups, CPU_PATCHES) + missing
 
     return mlir.lower_fun(chosen, multiple_results=False)(ctx, x, w)
@@ -266,7 +268,7 @@ def _by_patches(
         y_GNSO = jax.vmap(functools.partial(conv, limit=limit // count))(x_GNSC, w_GKCO)
         y_NSO = _merge(y_GNSO, x.ndim - 1)
     order = (numbers.out_spec[0], *numbers.out_spec[2:], numbers.out_spec[1])
-    return jnp.transpose(y_NSO, np.argsort(order))
+    return jnp.transpose(y_NSO, np.argsort(order).tolist())
 
 
 def _split(x: jax.Array, axis: int, count: int) -> jax.Array:

@@ -10,18 +10,19 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Int8, Int32, Integer
 
+from quantjax.ops.patches import output_sums
+
 
 class Phases(NamedTuple):
-    """One spatial axis: `count` outputs for each place of a window of `size`, in an input padded
-    by `pad`; the weight that element j of it has in phase r is number `start - r + count * j`."""
+    """One spatial axis: `holes` outputs for each place of a window of `size`, in an input padded
+    by `pad`; the weight that element j of it has in phase r is number `start - r + holes * j`."""
 
-    count: int
+    holes: int
     size: int
     start: int
     pad: tuple[int, int]
@@ -44,13 +45,13 @@ def kernel_of_phases(
     """The kernel whose outputs are (groups, phase of the first axis, of the next, ..., outputs)."""
     o = numbers.rhs_spec[0]
     for axis, p in reversed(list(zip(numbers.rhs_spec[2:], axes, strict=True))):
-        first = p.start - (p.count - 1)
+        first = p.start - (p.holes - 1)
         edges = [(0, 0, 0)] * w.ndim
-        edges[axis] = (-first, first + p.count * p.size - w.shape[axis], 0)
+        edges[axis] = (-first, first + p.holes * p.size - w.shape[axis], 0)
         padded = lax.pad(w, np.int8(0), edges)
         parts = [
-            lax.slice_in_dim(padded, q, q + p.count * (p.size - 1) + 1, p.count, axis)
-            for q in reversed(range(p.count))
+            lax.slice_in_dim(padded, q, q + p.holes * (p.size - 1) + 1, p.holes, axis)
+            for q in reversed(range(p.holes))
         ]
         shape = (*parts[0].shape[:o], groups, -1, *parts[0].shape[o + 1 :])
         w = jnp.stack([part.reshape(shape) for part in parts], o + 1)
@@ -62,27 +63,24 @@ def interleave(
     y: Int32[Array, "*y"],
     w: Int8[Array, "*w"],
     v: Int8[Array, "*v"],
-    zero: Integer[Array, "*n"],
+    zero: Integer[Array, "*n"] | None,
     axes: Sequence[Phases],
     numbers: lax.ConvDimensionNumbers,
     groups: int,
 ) -> Int32[Array, "*z"]:
-    """The convolution by w of the input with holes, whose code is `zero`, from y, that of the input
-    itself by v, the kernel of phases."""
-    rank, counts = len(axes), [p.count for p in axes]
+    """The convolution by w of the input with holes from y, that of the input itself by v, the
+    kernel of phases. `zero`: the code of the holes, of all or of each example; None if it is 0."""
+    rank, counts = len(axes), [p.holes for p in axes]
     order = (numbers.out_spec[0], *numbers.out_spec[2:], numbers.out_spec[1])
     y = jnp.transpose(y, order)
-    unseen = _sums(w, numbers).reshape(groups, *(1,) * rank, -1)
-    unseen = unseen - _sums(v, numbers).reshape(groups, *counts, -1)
-    y = y.reshape(*y.shape[: 1 + rank], *unseen.shape)
-    y = y + zero.astype(jnp.int32).reshape(-1, *(1,) * (y.ndim - 1)) * unseen
+    y = y.reshape(*y.shape[: 1 + rank], groups, *counts, -1)
+    if zero is not None:
+        unseen = output_sums(w, numbers).reshape(groups, *(1,) * rank, -1)
+        unseen = unseen - output_sums(v, numbers).reshape(groups, *counts, -1)
+        y = y + zero.astype(jnp.int32).reshape(-1, *(1,) * (y.ndim - 1)) * unseen
     pairs = [a for i in range(rank) for a in (1 + i, 2 + rank + i)]
     y = jnp.transpose(y, (0, *pairs, 1 + rank, y.ndim - 1))
     places = [math.prod(y.shape[1 + 2 * i : 3 + 2 * i]) for i in range(rank)]
     y = y.reshape(y.shape[0], *places, -1)
     y = lax.slice(y, [0] * y.ndim, [y.shape[0], *(p.out for p in axes), y.shape[-1]])
-    return jnp.transpose(y, np.argsort(order))
-
-
-def _sums(w: jax.Array, numbers: lax.ConvDimensionNumbers) -> jax.Array:
-    return jnp.sum(w, [a for a in range(w.ndim) if a != numbers.rhs_spec[0]], dtype=jnp.int32)
+    return jnp.transpose(y, np.argsort(order).tolist())

@@ -66,7 +66,9 @@ CASES = {
         (2, 4, 4, 6), (3, 3, 2, 9), NHWC,
         holes=(2, 2), padding=((2, 1), (2, 1)), feature_group_count=3,
     ),
-    "transposed, gaps": case((2, 4, 4, 3), (1, 2, 3, 2), NHWC, holes=(3, 3), padding=((0, 0), (0, 0))),
+    "transposed, gaps": case(
+        (2, 4, 4, 3), (1, 2, 3, 2), NHWC, holes=(3, 3), padding=((0, 0), (0, 0))
+    ),
     "3-D": case((2, 4, 5, 3, 3), (2, 3, 2, 3, 4), NDHWC, strides=(1, 2, 1), padding="SAME"),
 }  # fmt: skip
 ZEROS = {np.int8: -7, np.uint8: 200}
