@@ -17,11 +17,17 @@ from quantjax.interpret.param import Param, as_qtensor
 from quantjax.interpret.record import Place, Site, product
 from quantjax.interpret.rounded import Rounded, rounded_activation
 from quantjax.ops import (
+    ConvParams,
     DimensionNumbers,
     Lowering,
     Pair,
+    Plan,
+    plan_conv,
     plan_dot,
+    plan_ragged_dot,
+    quantized_conv,
     quantized_dot,
+    quantized_ragged_dot,
 )
 from quantjax.qtensor import QTensor
 
@@ -155,24 +161,32 @@ def _in_view_axes(y: jax.Array, w: Param, side: int, summed: Any, shared: Any) -
 
 
 def convolution(machine: Any, eqn: Any, inputs: Sequence[Any], place: Place) -> list[Any] | None:
-    """Any convolution, on dequantized weights; the image is rounded with one scale an example."""
+    """Any convolution: in integers where both sides are and it pays, else on dequantized weights;
+    the image is rounded with one scale an example, or one in all."""
     image, kernel = inputs
     if isinstance(image, Param) or not isinstance(kernel, Param):
         return None
-    numbers = eqn.params["dimension_numbers"]
+    params = ConvParams(**{name: eqn.params[name] for name in ConvParams._fields})
+    numbers, out = params.dimension_numbers, eqn.outvars[0].aval
     summed = numbers.rhs_spec[1:]  # of (output, input, *window)
-    groups = eqn.params["feature_group_count"] * eqn.params["batch_group_count"]
-    act, lowering = rounded_activation(eqn, kernel), DEQUANTIZED
+    act, lowering, result = rounded_activation(eqn, kernel), DEQUANTIZED, None
     if act is not None:
-        lowering = "float, both sides rounded: a convolution"
-        image = act.fake(image, numbers.lhs_spec[1:])
-    out = eqn.outvars[0].aval
+        q = as_qtensor(kernel)
+        plan = Plan(Lowering.FLOAT, "a view that merges axes")
+        if q is not None:
+            plan = plan_conv(q, act.spec, params, image.shape)
+        lowering = str(plan).replace("product", "convolution")
+        if plan.lowering is Lowering.FLOAT:
+            result = compat.rebind(eqn, [act.fake(image, params.summed), kernel.array()])[0]
+        else:
+            result = quantized_conv(image, q, act.given, act.spec, params).astype(out.dtype)
     flops = 2 * math.prod(out.shape) * product(kernel.shape, tuple(summed))
     _note_site(
         machine, eqn, kernel, image, place,
-        contracting=summed, batch=(), flops=flops, groups=groups, lowering=lowering, act=act,
+        contracting=summed, batch=(), flops=flops, lowering=lowering, act=act,
+        groups=params.feature_group_count * params.batch_group_count,
     )  # fmt: skip
-    return _bound(eqn, [image, kernel])
+    return _bound(eqn, inputs) if result is None else [result]
 
 
 def gather(machine: Any, eqn: Any, inputs: Sequence[Any], place: Place) -> list[Any] | None:
@@ -215,20 +229,40 @@ def _rows(eqn: Any, table: Param, index: Any) -> jax.Array | None:
 
 
 def ragged_dot(machine: Any, eqn: Any, inputs: Sequence[Any], place: Place) -> list[Any] | None:
-    """Tokens sorted by expert, times the experts' dequantized matrices."""
+    """Tokens sorted by expert, times the experts' matrices."""
     tokens, experts, *rest = inputs
     if not isinstance(experts, Param) or any(isinstance(x, Param) for x in (tokens, *rest)):
         return None
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     (summed_tokens, summed), (_, shared) = numbers.dot_dimension_numbers
-    batch = (*shared, *numbers.rhs_group_dimensions)
-    act, lowering = rounded_activation(eqn, experts), DEQUANTIZED
+    act, lowering, result = rounded_activation(eqn, experts), DEQUANTIZED, None
     if act is not None:
-        lowering = "float, both sides rounded: a ragged product"
-        tokens = act.fake(tokens, summed_tokens)
+        q, plan = as_qtensor(experts), Plan(Lowering.FLOAT, "other axes than (T, K) and (E, K, N)")
+        if q is not None and len(rest) == 1 and _is_plain_ragged(numbers, tokens):
+            plan = plan_ragged_dot(q, act.spec)
+        lowering = str(plan)
+        if plan.lowering is Lowering.FLOAT:
+            operands = [act.fake(tokens, summed_tokens), experts.array(), *rest]
+            result = compat.rebind(eqn, operands)[0]
+        else:
+            y = quantized_ragged_dot(tokens, q, rest[0], act.given, act.spec)
+            result = y.astype(eqn.outvars[0].aval.dtype)
     flops = 2 * math.prod(eqn.outvars[0].aval.shape) * product(experts.shape, tuple(summed))
     _note_site(
         machine, eqn, experts, tokens, place,
-        contracting=summed, batch=batch, flops=flops, lowering=lowering, act=act,
+        contracting=summed, batch=(*shared, *numbers.rhs_group_dimensions), flops=flops,
+        lowering=lowering, act=act,
     )  # fmt: skip
-    return _bound(eqn, [tokens, experts, *rest])
+    return _bound(eqn, inputs) if result is None else [result]
+
+
+def _is_plain_ragged(numbers: Any, tokens: Any) -> bool:
+    """Whether it is (T, K) x (E, K, N) -> (T, N)."""
+    axes = (numbers.dot_dimension_numbers, numbers.lhs_ragged_dimensions)
+    plain = ((((1,), (1,)), ((), ())), (0,))
+    group = tuple(numbers.rhs_group_dimensions)
+    return tokens.ndim == 2 and _tuples(axes) == plain and group == (0,)
+
+
+def _tuples(x: Any) -> Any:
+    return tuple(map(_tuples, x)) if isinstance(x, list | tuple) else x

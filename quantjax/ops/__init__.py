@@ -6,8 +6,11 @@ from quantjax.ops.dot import Lowering, Plan, plan_dot, quantized_dot
 from quantjax.ops.forms import DimensionNumbers, Pair
 from quantjax.ops.integer import integer_dot_general
 from quantjax.ops.probe import Probe, force, probe
+from quantjax.ops.quantized_conv import ConvParams, plan_conv, quantized_conv
+from quantjax.ops.ragged import plan_ragged_dot, quantized_ragged_dot
 
 __all__ = [
+    "ConvParams",
     "DimensionNumbers",
     "Lowering",
     "Pair",
@@ -18,8 +21,12 @@ __all__ = [
     "force",
     "integer_conv",
     "integer_dot_general",
+    "plan_conv",
     "plan_dot",
+    "plan_ragged_dot",
     "prefers_integers",
     "probe",
+    "quantized_conv",
     "quantized_dot",
+    "quantized_ragged_dot",
 ]
