@@ -1,7 +1,7 @@
 """quantjax: compress JAX models by quantizing their parameter trees."""
 
 from quantjax.formats import Codebook, FloatFormat, IntFormat, Levels
-from quantjax.interpret import intercept, register_rule, sites
+from quantjax.interpret import calibrate, intercept, register_rule, sites
 from quantjax.observers import Observer, absmax, ema, minmax, mse, percentile
 from quantjax.policy import Policy, preset
 from quantjax.qtensor import QTensor
@@ -23,6 +23,7 @@ __all__ = [
     "QuantSpec",
     "Rounding",
     "absmax",
+    "calibrate",
     "dequantize",
     "ema",
     "fake_quantize",

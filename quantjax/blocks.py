@@ -60,6 +60,11 @@ def split(x: Float[Array, "*n"], block: Block) -> Blocked:
     return Blocked(x.reshape(shape), tuple(axes), valid)
 
 
+def whole(x: Float[Array, "*n"]) -> Blocked:
+    """x as a single block, whose range has shape () whatever the rank of x."""
+    return Blocked(x, tuple(range(x.ndim)), None)
+
+
 def spread(per_block: Num[Array, "*b"], shape: tuple[int, ...], block: Block) -> jax.Array:
     """One value per block, repeated over its elements: broadcastable against `shape`."""
     for axis, (n, b) in enumerate(zip(shape, sizes(shape, block), strict=True)):

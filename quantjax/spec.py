@@ -123,9 +123,9 @@ class QuantSpec:
 
     @functools.lru_cache(maxsize=1024)  # noqa: B019 - specs are few, small values
     def with_block(self, block: Block) -> "QuantSpec":
-        """The same with an explicit block. Cached, as checking a spec anew takes a good part of
-        the time of quantizing a small leaf."""
-        return dataclasses.replace(self, block=block, group=None)
+        """The same with an explicit block, for one array. Cached, as checking a spec anew takes a
+        good part of the time of quantizing a small leaf."""
+        return dataclasses.replace(self, block=block, group=None, static=False)
 
     @property
     def block_shape(self) -> Block:

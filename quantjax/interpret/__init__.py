@@ -1,8 +1,18 @@
 """The upper floor: an interpreter of jaxprs that runs models on quantized parameters."""
 
+from quantjax.interpret.calibrate import calibrate
 from quantjax.interpret.intercept import Intercepted, intercept, sites
 from quantjax.interpret.record import Remark, Site
 from quantjax.interpret.registry import register_rule
 from quantjax.interpret.report import Report
 
-__all__ = ["Intercepted", "Remark", "Report", "Site", "intercept", "register_rule", "sites"]
+__all__ = [
+    "Intercepted",
+    "Remark",
+    "Report",
+    "Site",
+    "calibrate",
+    "intercept",
+    "register_rule",
+    "sites",
+]

@@ -16,9 +16,10 @@ from jax import lax
 from quantjax.interpret import jax_compat as compat
 from quantjax.interpret import rules
 from quantjax.interpret.layouts import laid_out
-from quantjax.interpret.param import Param, layer, stack
+from quantjax.interpret.param import Param, layer, stack, stack_slot
 from quantjax.interpret.products import PRODUCTS
 from quantjax.interpret.record import Place, Record
+from quantjax.interpret.statistics import Statistics
 
 Value = Any  # an array or a Param
 _NO_RULE = "dequantized here: no rule for this operation"
@@ -28,10 +29,12 @@ _INSIDE = "not entered: products inside stay as they are"
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """What an evaluation carries along: where it notes things, and whether it raises instead."""
+    """What an evaluation carries along: where it notes things, whether it raises instead, and what
+    it gathers of activations, which goes in and out of every body that JAX traces on its own."""
 
     record: Record
     strict: bool = False
+    statistics: Statistics = dataclasses.field(default_factory=Statistics)
 
     def note(self, place: Place, path: str, primitive: str, reason: str) -> None:
         """Records what becomes float; raises under `strict`."""
@@ -109,6 +112,8 @@ def _equation(machine: Machine, eqn: Any, inputs: list[Value], place: Place) -> 
         elif call is None and _has_products(eqn):
             machine.record.remark(place, "", name, _INSIDE)
         return compat.rebind(eqn, inputs)
+    if name in PRODUCTS:
+        machine.statistics.see(eqn, inputs)
     out = rules.apply(machine, eqn, inputs, place)
     if out is not None:
         return out
@@ -142,6 +147,8 @@ def _jit(machine: Machine, eqn: Any, inputs: list[Value], place: Place) -> list[
 
 def _remat(machine: Machine, eqn: Any, inputs: list[Value], place: Place) -> list[Value]:
     body = eqn.params["jaxpr"]
+    if machine.statistics.watches:  # nothing is differentiated
+        return evaluate(machine, body, inputs, place)
 
     def run(*args: Value) -> list[Any]:
         return _arrays(machine, evaluate(machine, body, args, place), place, "remat")
@@ -156,27 +163,29 @@ def _scan(machine: Machine, eqn: Any, inputs: list[Value], place: Place) -> list
     consts, rest = inputs[: scan.consts], inputs[scan.consts :]
     carry = _arrays(machine, rest[: scan.carry], place, "scan", "dequantized here: a scan's carry")
 
-    def enter(x: Value) -> tuple[Any, Param | None]:
+    def enter(x: Value) -> tuple[tuple[Any, Any], Param | None]:
         if not isinstance(x, Param):
-            return x, None
+            return (x, None), None
         inner = stack(x)
         if inner is None:
             reason = "dequantized here: the layers of a scan are not its first axis"
-            return machine.array(x, place, "scan", reason), None
-        return inner, x
+            return (machine.array(x, place, "scan", reason), None), None
+        return (inner, stack_slot(x)), x
 
     entered = [enter(x) for x in rest[scan.carry :]]
     stacked, views = [inner for inner, _ in entered], [view for _, view in entered]
 
-    def body(state: list[Any], slices: list[Any]) -> tuple[list[Any], list[Any]]:
+    def body(carried: Any, slices: list[Any]) -> tuple[Any, list[Any]]:
+        machine.statistics.state, state = carried
         pairs = zip(slices, views, strict=True)
-        seen = [s if view is None else layer(view, s) for s, view in pairs]
+        seen = [x if view is None else layer(view, x, slot) for (x, slot), view in pairs]
         out = evaluate(machine, scan.body, [*consts, *state, *seen], inside)
         out = _arrays(machine, out, inside, "scan")
-        return out[: scan.carry], out[scan.carry :]
+        return (machine.statistics.state, out[: scan.carry]), out[scan.carry :]
 
-    end, ys = lax.scan(
-        body, carry, stacked, length=scan.length, reverse=scan.reverse, unroll=scan.unroll
+    start = (machine.statistics.state, carry)
+    (machine.statistics.state, end), ys = lax.scan(
+        body, start, stacked, length=scan.length, reverse=scan.reverse, unroll=scan.unroll
     )
     return [*end, *ys]
 
@@ -185,18 +194,23 @@ def _cond(machine: Machine, eqn: Any, inputs: list[Value], place: Place) -> list
     index, *operands = inputs
     branches = [_branch(machine, b, place) for b in eqn.params["branches"]]
     platforms = compat.branch_platforms(eqn.params)
+    operands = [machine.statistics.state, *operands]
     if platforms is None:
-        return lax.switch(index, branches, *operands)
+        machine.statistics.state, out = lax.switch(index, branches, *operands)
+        return out
     # Each platform compiles its own branch alone; the others may not exist for it.
     pairs = list(zip(platforms, branches, strict=True))
     default = next((run for names, run in pairs if names is None), None)
     own = {name: run for names, run in pairs if names is not None for name in names}
-    return lax.platform_dependent(*operands, default=default, **own)
+    machine.statistics.state, out = lax.platform_dependent(*operands, default=default, **own)
+    return out
 
 
-def _branch(machine: Machine, jaxpr: compat.Jaxpr, place: Place) -> Callable[..., list[Any]]:
-    def run(*args: Value) -> list[Any]:
-        return _arrays(machine, evaluate(machine, jaxpr, args, place), place, "cond")
+def _branch(machine: Machine, jaxpr: compat.Jaxpr, place: Place) -> Callable[..., Any]:
+    def run(statistics: Any, *args: Value) -> tuple[Any, list[Any]]:
+        machine.statistics.state = statistics
+        out = _arrays(machine, evaluate(machine, jaxpr, args, place), place, "cond")
+        return machine.statistics.state, out
 
     return run
 
@@ -213,11 +227,24 @@ def _while(machine: Machine, eqn: Any, inputs: list[Value], place: Place) -> lis
         out = evaluate(machine, p["body_jaxpr"], [*inputs[first:second], *state], place)
         return _arrays(machine, out, place, "while")
 
-    return lax.while_loop(proceed, body, start)
+    if not machine.statistics.watches:
+        return lax.while_loop(proceed, body, start)
+
+    # The condition's products are observed as well, so it runs where state can leave it.
+    def observed(carried: Any) -> Any:
+        _, machine.statistics.state, state = carried
+        state = body(state)
+        return proceed(state), machine.statistics.state, state
+
+    begin = (proceed(start), machine.statistics.state, start)
+    _, machine.statistics.state, end = lax.while_loop(lambda c: c[0], observed, begin)
+    return end
 
 
 def _custom_jvp(machine: Machine, eqn: Any, inputs: list[Value], place: Place) -> list[Value]:
     """Its value is entered; its derivative stays the user's rule, run on float arrays."""
+    if machine.statistics.watches:  # nothing is differentiated
+        return evaluate(machine, eqn.params["call_jaxpr"], inputs, place)
 
     @jax.custom_jvp
     def run(*args: Value) -> list[Any]:

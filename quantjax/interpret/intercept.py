@@ -13,17 +13,19 @@ from quantjax.interpret.jax_compat import Literal, open_jaxpr
 from quantjax.interpret.param import Param, param
 from quantjax.interpret.record import Place, Record, Site
 from quantjax.interpret.report import Report
+from quantjax.interpret.statistics import Statistics
 from quantjax.paths import named_leaves
 from quantjax.qtensor import QTensor, is_qtensor
 
 
-def _is_array(leaf: Any) -> bool:
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf moves: it is an array or stands for one. Others are static."""
     return isinstance(leaf, QTensor | jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
 
 
 def _split(leaves: Sequence[Any]) -> tuple[list[Any], Callable[..., list[Any]]]:
     """The arrays among the leaves, and what puts others in their places, the rest kept."""
-    moving = [i for i, leaf in enumerate(leaves) if _is_array(leaf)]
+    moving = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
 
     def refill(arrays: Sequence[Any]) -> list[Any]:
         filled = list(leaves)
@@ -42,7 +44,7 @@ def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
 
 
-def _run(machine: Machine, apply: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+def run(machine: Machine, apply: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
     """apply(*args, **kwargs), evaluated by the machine; parameters are the first argument's."""
     if not args:
         raise TypeError("intercept: the tree of parameters is the first positional argument.")
@@ -56,7 +58,7 @@ def _run(machine: Machine, apply: Callable[..., Any], args: tuple, kwargs: dict)
     leaves = [*(leaf for _, leaf in named), *other_leaves]
     names = [name for name, _ in named] + [None] * len(other_leaves)
     moving, refill = _split(leaves)
-    names = [name for name, leaf in zip(names, leaves, strict=True) if _is_array(leaf)]
+    names = [name for name, leaf in zip(names, leaves, strict=True) if is_array(leaf)]
     out_structure = None
 
     def flat(*arrays: Any) -> list[Any]:
@@ -70,7 +72,10 @@ def _run(machine: Machine, apply: Callable[..., Any], args: tuple, kwargs: dict)
     jaxpr = jax.make_jaxpr(flat)(*map(_abstract, moving))
     named_arrays = list(zip(names, moving, strict=True))
     _check_used(jaxpr, [name if is_qtensor(leaf) else None for name, leaf in named_arrays])
-    values = [x if name is None else param(_as_leaf(x), name) for name, x in named_arrays]
+    slot = machine.statistics.slot
+    values = [
+        x if name is None else param(_as_leaf(x), name, slot(name)) for name, x in named_arrays
+    ]
     out = evaluate(machine, jaxpr, values, Place())
     assert out_structure is not None
     return jax.tree.unflatten(
@@ -106,14 +111,14 @@ class Intercepted:
 
     def __call__(self, params: Any, /, *args: Any, **kwargs: Any) -> Any:
         machine = Machine(Record(), self.strict)
-        return _run(machine, self.apply, (params, *args), kwargs)
+        return run(machine, self.apply, (params, *args), kwargs)
 
     def report(self, params: Any, /, *args: Any, **kwargs: Any) -> Report:
         """How the products of a call would be computed and what would stay float, by tracing
         alone; the arguments may be ShapeDtypeStructs."""
-        record = _record(self.apply, (params, *args), kwargs)
+        record = record_of(self.apply, (params, *args), kwargs)
         used = {site.path for site in record.sites} | {r.path for r in record.remarks}
-        rest = [name for name, leaf in named_leaves(params)[0] if _is_array(leaf)]
+        rest = [name for name, leaf in named_leaves(params)[0] if is_array(leaf)]
         return Report(record.sites, record.remarks, tuple(n for n in rest if n not in used))
 
 
@@ -149,18 +154,20 @@ def sites(apply: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> 
     >>> [(s.path, s.contracting, s.flops) for s in sites(apply, p, jnp.ones((2, 4)))]
     [('kernel', (1,), 128)]
     """
-    return _record(apply, (params, *args), kwargs).sites
+    return record_of(apply, (params, *args), kwargs).sites
 
 
-def _record(apply: Callable[..., Any], args: tuple, kwargs: dict) -> Record:
-    """What an evaluation on abstract values notes."""
-    record = Record()
+def record_of(
+    apply: Callable[..., Any], args: tuple, kwargs: dict, statistics: Statistics | None = None
+) -> Record:
+    """What an evaluation on abstract values notes; in `statistics` what it would observe."""
+    machine = Machine(Record(), statistics=statistics or Statistics())
     leaves, structure = jax.tree.flatten((args, kwargs), is_leaf=is_qtensor)
     moving, refill = _split(leaves)
 
     def traced(*arrays: Any) -> Any:
         rest, words = jax.tree.unflatten(structure, refill(arrays))
-        return _run(Machine(record), apply, rest, words)
+        return run(machine, apply, rest, words)
 
     jax.eval_shape(traced, *moving)
-    return record
+    return machine.record

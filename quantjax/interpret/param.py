@@ -26,6 +26,8 @@ class Param:
     value: the leaf as stored. path: its key path. axes: for every axis of the view the axes of
     the leaf that are merged in it, in order; an axis of length one may have none. casts: the
     dtypes it was converted to, in turn. layers: how many leading axes scans have taken off.
+    slot: while activations are observed, where the statistics of its layers are kept, an integer
+    for each; scans take their axes off here too.
     """
 
     value: jax.Array | QTensor
@@ -33,6 +35,7 @@ class Param:
     axes: Axes = dataclasses.field(metadata=dict(static=True))
     casts: tuple[np.dtype, ...] = dataclasses.field(default=(), metadata=dict(static=True))
     layers: int = dataclasses.field(default=0, metadata=dict(static=True))
+    slot: jax.Array | None = None
 
     @property
     def quantized(self) -> bool:
@@ -62,9 +65,9 @@ class Param:
         return x
 
 
-def param(value: jax.Array | QTensor, path: str) -> Param:
+def param(value: jax.Array | QTensor, path: str, slot: jax.Array | None = None) -> Param:
     """A leaf as it lies."""
-    return Param(value, path, tuple((a,) for a in range(value.ndim)))
+    return Param(value, path, tuple((a,) for a in range(value.ndim)), slot=slot)
 
 
 def transposed(x: Param, permutation: Sequence[int]) -> Param:
@@ -187,7 +190,14 @@ def stack(x: Param) -> jax.Array | QTensor | None:
     )
 
 
-def layer(x: Param, value: jax.Array | QTensor) -> Param:
-    """What one step of a scan over `stack(x)` sees of it."""
+def stack_slot(x: Param) -> jax.Array | None:
+    """The slots with a leading axis, for a scan over the leaf."""
+    if x.slot is None or x.slot.ndim:
+        return x.slot
+    return jnp.broadcast_to(x.slot, x.value.shape[:1])
+
+
+def layer(x: Param, value: jax.Array | QTensor, slot: jax.Array | None = None) -> Param:
+    """What one step of a scan over `stack(x)` and `stack_slot(x)` sees of it."""
     axes = tuple(tuple(a - 1 for a in group) for group in x.axes[1:])
-    return dataclasses.replace(x, value=value, axes=axes, layers=x.layers + 1)
+    return dataclasses.replace(x, value=value, axes=axes, layers=x.layers + 1, slot=slot)

@@ -43,7 +43,8 @@ def cut(x: Param, dim: int, what: Cut) -> Param | None:
         value = None if value is None else part(value, axis, what)
     if value is None:
         return None
-    taken = dataclasses.replace(x, value=value)
+    slot = x.slot if x.slot is None or x.slot.ndim <= axis else what.take(x.slot, axis)
+    taken = dataclasses.replace(x, value=value, slot=slot)
     layer = axis == 0 and what.length == 1 < x.shape[dim] and value.ndim > 2
     return first_layer(taken) if layer and not _packed_first(value) else taken
 
@@ -139,7 +140,8 @@ def gathered_layer(eqn: Any, x: Param, index: Any) -> Param | None:
         x = dataclasses.replace(x, value=layers)
 
     def take(a: jax.Array, axis: int) -> jax.Array:
-        own = {**p, "slice_sizes": (1, *a.shape[1:])}
+        numbers = dims._replace(offset_dims=tuple(range(a.ndim - 1)))  # a may have fewer axes
+        own = {**p, "slice_sizes": (1, *a.shape[1:]), "dimension_numbers": numbers}
         if filled and not jnp.issubdtype(a.dtype, jnp.floating):
             own["fill_value"] = 0  # NaN, which the scale has there, is no integer
         return eqn.primitive.bind(a, index, **own)[None]
@@ -151,7 +153,9 @@ def gathered_layer(eqn: Any, x: Param, index: Any) -> Param | None:
 def first_layer(x: Param) -> Param:
     """The view of a leaf whose first axis has length one, as that of the leaf without it."""
     axes: Axes = tuple(tuple(a - 1 for a in group if a) for group in x.axes)
-    return dataclasses.replace(x, value=_without(x.value), axes=axes, layers=x.layers + 1)
+    slot = x.slot if x.slot is None or x.slot.ndim == 0 else _without(x.slot)
+    value = _without(x.value)
+    return dataclasses.replace(x, value=value, axes=axes, layers=x.layers + 1, slot=slot)
 
 
 def _without(x: Any) -> Any:

@@ -27,12 +27,16 @@ class Rounded(NamedTuple):
         return f"{how}, static" if self.given else how
 
 
+def keeps_floats(eqn: Any) -> bool:
+    """Whether the model asks for the highest precision of a product."""
+    precision = eqn.params.get("precision")
+    return lax.Precision.HIGHEST in (precision if isinstance(precision, tuple) else (precision,))
+
+
 def rounded_activation(eqn: Any, x: Param) -> Rounded | None:
     """Not at all where the model asks for the highest precision. Raises ValueError, naming the
     parameter, where the scale is static and was never found."""
-    precision = eqn.params.get("precision")
-    wanted = precision if isinstance(precision, tuple) else (precision,)
-    if not isinstance(x.value, QTensor) or lax.Precision.HIGHEST in wanted:
+    if not isinstance(x.value, QTensor) or keeps_floats(eqn):
         return None
     q = x.value
     if q.act is None:

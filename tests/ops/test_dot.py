@@ -212,3 +212,14 @@ def test_a_missing_static_scale_is_an_error():
         intercept(lambda p, x: x @ p["a"]["kernel"])(q, normal(5, 64))
     with pytest.raises(ValueError, match="block=Granularity.TENSOR"):
         qj.QuantSpec(format=INT8, static=True)
+
+
+def test_a_static_scale_once_found_is_used():
+    act = dataclasses.replace(ACT, block=qj.Granularity.TENSOR, static=True)
+    q = qj.quantize({"w": normal(64, 24)}, qj.Policy([("w", qj.QuantSpec(format=INT8, act=act))]))
+    leaf = dataclasses.replace(q["w"], act_scale=jnp.float32(0.01))
+    x = normal(5, 64)
+    got = jax.jit(intercept(lambda p, x: x @ p["w"]))({"w": leaf}, x)
+    rounded = np.clip(np.round(np.asarray(x) * 100.0), -127, 127) * np.float32(0.01)
+    # 64 terms of size one, and codes at a half rounded by a product or by a quotient.
+    np.testing.assert_allclose(got, rounded @ qj.dequantize(leaf), rtol=1e-4, atol=0.05)
