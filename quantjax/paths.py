@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
-from quantjax.qtensor import is_qtensor
+from quantjax.fake_quantized import is_quantized
 
 KeyPath = tuple[Any, ...]
 
@@ -43,7 +43,7 @@ def path_name(path: KeyPath) -> str:
 
 def named_leaves(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
     """(name, leaf) of every leaf, quantized arrays whole, and the tree's structure."""
-    leaves, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_qtensor)
+    leaves, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_quantized)
     return [(path_name(path), leaf) for path, leaf in leaves], structure
 
 

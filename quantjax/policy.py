@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from quantjax.axes import block_of_sites, resolve_block
+from quantjax.fake_quantized import FakeQuantized, is_quantized
 from quantjax.formats import ExponentFormat, IntFormat, Levels, binary, e2m1, e4m3, nf4, ternary
 from quantjax.observers import mse
 from quantjax.paths import compile_pattern, named_leaves, nearest, other_collections
@@ -195,7 +196,7 @@ class Policy:
 
 
 def _refuse_quantized(name: str, leaf: Any) -> None:
-    if isinstance(leaf, QTensor):
+    if is_quantized(leaf):
         raise ValueError(
             f"{name}: is quantized already ({leaf.format}). Dequantize it first, or quantize the "
             f"float parameters."
@@ -232,7 +233,7 @@ def _facts(leaf: Any) -> jax.ShapeDtypeStruct | None:
     """Shape and dtype of an array leaf; None for anything else."""
     if isinstance(leaf, np.ndarray | np.generic):  # of any byte order
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype.newbyteorder("="))
-    if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct | QTensor):
+    if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct | QTensor | FakeQuantized):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
     return None
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from quantjax import affine
 from quantjax.affine import Scales
+from quantjax.fake_quantized import FakeQuantized, is_quantized
 from quantjax.formats import ExponentFormat, is_learned
 from quantjax.observers import absmax, minmax
 from quantjax.paths import named_leaves
@@ -21,7 +22,7 @@ from quantjax.rounding import noise
 from quantjax.sharding import Placement, check_whole, over_shards, placement, stands_alone
 from quantjax.spec import QuantSpec
 
-Transform = Callable[..., Any]  # affine.quantize_array or affine.fake_quantize_array
+Transform = Callable[..., Any]  # (x, scales, uniform, spec=) -> array or leaf, as quantize_array
 
 
 @functools.partial(jax.jit, static_argnames="spec")
@@ -33,7 +34,7 @@ def _find(x: jax.Array, weights: jax.Array | None, *, spec: QuantSpec) -> tuple[
 
 
 @functools.partial(jax.jit, static_argnames=("transform", "spec"))
-def _apply(
+def apply_scales(
     x: jax.Array,
     scales: Scales,
     uniform: jax.Array | None,
@@ -91,7 +92,7 @@ def quantize(
     >>> q["kernel"]
     QTensor(int8, shape=(2, 2), block=allx1, dtype=float32)
     """
-    return _over_leaves(affine.quantize_array, params, policy, like, key, weights, sites)
+    return over_leaves(affine.quantize_array, params, policy, like, key, weights, sites)
 
 
 def fake_quantize(
@@ -113,13 +114,19 @@ def fake_quantize(
     >>> fake_quantize(w, "w8")["kernel"].tolist()
     [[1.0, -2.015748...], [0.503937..., 4.0]]
     """
-    return _over_leaves(
+    return over_leaves(
         affine.fake_quantize_array, params, policy, like, key, weights, sites, weights_only=True
     )
 
 
 def dequantize(tree: Any) -> Any:
-    """D_m: every QTensor becomes its float array, x = (level(q) - z) * s; the rest is kept."""
+    """D_m: every QTensor becomes its float array, x = (level(q) - z) * s; the rest is kept.
+
+    Raises ValueError, naming the leaf, for a FakeQuantized, which is for training alone.
+    """
+    for name, leaf in named_leaves(tree)[0]:
+        if isinstance(leaf, FakeQuantized):
+            raise ValueError(f"{name}: expected a QTensor, got {leaf!r}: finalize the tree first.")
 
     def one(x: Any) -> Any:
         if not is_qtensor(x):
@@ -132,7 +139,7 @@ def dequantize(tree: Any) -> Any:
     return jax.tree.map(one, tree, is_leaf=is_qtensor)
 
 
-def _over_leaves(
+def over_leaves(
     transform: Transform,
     params: Any,
     policy: Any,
@@ -180,22 +187,24 @@ def _over_leaves(
         uniform = noise(spec.rounding, leaf_key, x.shape, name=name)
         how = {"transform": transform, "spec": spec}
         if i in given:
-            finite = _on(placed, _finite, x, spec=spec)
-            out = _on(placed, _apply, x, given[i][1], uniform, **how)
-            if isinstance(out, QTensor):
+            finite = on_shards(placed, _finite, x, spec=spec)
+            out = on_shards(placed, apply_scales, x, given[i][1], uniform, **how)
+            if is_quantized(out):
                 out = dataclasses.replace(out, **given[i][2])
         elif _exact(spec):
-            out, finite = _on(placed, _find_and_apply, x, uniform, **how)
+            out, finite = on_shards(placed, _find_and_apply, x, uniform, **how)
         else:
-            scales, finite = _on(placed, _find, x, weight[i], spec=spec)
-            out = _on(placed, _apply, x, scales, uniform, **how)
+            scales, finite = on_shards(placed, _find, x, weight[i], spec=spec)
+            out = on_shards(placed, apply_scales, x, scales, uniform, **how)
         leaves.append(out)
         checks.append((name, finite))
     _raise_if_not_finite(checks)
     return jax.tree.unflatten(structure, leaves)
 
 
-def _on(placed: Placement | None, function: Callable[..., Any], *args: Any, **static: Any) -> Any:
+def on_shards(
+    placed: Placement | None, function: Callable[..., Any], *args: Any, **static: Any
+) -> Any:
     """function(*args, **static), shard by shard where the array is sharded."""
     if placed is None:
         return function(*args, **static)
@@ -229,12 +238,14 @@ def _given_scales(
         raise ValueError(f"like= must have the paths of params; they differ in {odd[:5]}.")
     given = {}
     for i, ((name, x), (_, q)) in enumerate(zip(named, others, strict=True)):
+        if isinstance(q, FakeQuantized):
+            raise ValueError(f"{name}: like= expects a QTensor, got {q!r}: finalize it first.")
         if not isinstance(q, QTensor):
             continue
         if isinstance(q.format, ExponentFormat):
             raise ValueError(f"{name}: like= holds bare {q.format} scales, not a parameter.")
         floats = hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)
-        if isinstance(x, QTensor) or not floats or tuple(x.shape) != q.shape:
+        if is_quantized(x) or not floats or tuple(x.shape) != q.shape:
             raise ValueError(f"{name}: like= expects a float array of shape {q.shape}, got {x!r}.")
         spec = QuantSpec(format=q.format, block=q.block, symmetric=q.zero_point is None, act=q.act)
         act = {"act_scale": q.act_scale, "act_zero_point": q.act_zero_point}

@@ -17,7 +17,7 @@ from quantjax.interpret import jax_compat as compat
 from quantjax.interpret import rules
 from quantjax.interpret.layouts import laid_out
 from quantjax.interpret.param import Param, layer, stack, stack_slot
-from quantjax.interpret.products import PRODUCTS
+from quantjax.interpret.products import FAKE, PRODUCTS
 from quantjax.interpret.record import Place, Record
 from quantjax.interpret.statistics import Statistics
 
@@ -48,6 +48,8 @@ class Machine:
             return value
         if value.quantized:
             self.note(place, value.path, primitive, reason)
+        elif value.trained is not None:
+            self.record.remark(place, value.path, primitive, FAKE)
         return value.array()
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from quantjax.fake_quantized import FakeQuantized, is_quantized
 from quantjax.interpret.evaluate import Machine, evaluate
 from quantjax.interpret.jax_compat import Literal, open_jaxpr
 from quantjax.interpret.param import Param, param
@@ -15,12 +16,14 @@ from quantjax.interpret.record import Place, Record, Site
 from quantjax.interpret.report import Report
 from quantjax.interpret.statistics import Statistics
 from quantjax.paths import named_leaves
-from quantjax.qtensor import QTensor, is_qtensor
+from quantjax.qtensor import QTensor
 
 
 def is_array(leaf: Any) -> bool:
     """Whether a leaf moves: it is an array or stands for one. Others are static."""
-    return isinstance(leaf, QTensor | jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
+    return isinstance(
+        leaf, QTensor | FakeQuantized | jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct
+    )
 
 
 def _split(leaves: Sequence[Any]) -> tuple[list[Any], Callable[..., list[Any]]]:
@@ -50,10 +53,11 @@ def run(machine: Machine, apply: Callable[..., Any], args: tuple, kwargs: dict) 
         raise TypeError("intercept: the tree of parameters is the first positional argument.")
     tree, *others = args
     named, tree_structure = named_leaves(tree)
-    other_leaves, other_structure = jax.tree.flatten((others, kwargs), is_leaf=is_qtensor)
-    if any(map(is_qtensor, other_leaves)):
+    other_leaves, other_structure = jax.tree.flatten((others, kwargs), is_leaf=is_quantized)
+    if any(map(is_quantized, other_leaves)):
         raise ValueError(
-            "intercept: a QTensor outside the first argument; pass quantized parameters there."
+            "intercept: a quantized leaf outside the first argument; pass quantized parameters "
+            "there."
         )
     leaves = [*(leaf for _, leaf in named), *other_leaves]
     names = [name for name, _ in named] + [None] * len(other_leaves)
@@ -71,7 +75,7 @@ def run(machine: Machine, apply: Callable[..., Any], args: tuple, kwargs: dict) 
 
     jaxpr = jax.make_jaxpr(flat)(*map(_abstract, moving))
     named_arrays = list(zip(names, moving, strict=True))
-    _check_used(jaxpr, [name if is_qtensor(leaf) else None for name, leaf in named_arrays])
+    _check_used(jaxpr, [name if is_quantized(leaf) else None for name, leaf in named_arrays])
     slot = machine.statistics.slot
     values = [
         x if name is None else param(_as_leaf(x), name, slot(name)) for name, x in named_arrays
@@ -99,7 +103,7 @@ def _check_used(jaxpr: Any, names: list[str | None]) -> None:
 
 
 def _as_leaf(leaf: Any) -> Any:
-    return leaf if is_qtensor(leaf) else jnp.asarray(leaf)
+    return leaf if is_quantized(leaf) else jnp.asarray(leaf)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +134,8 @@ def intercept(apply: Callable[..., Any], *, strict: bool = False) -> Intercepted
     while, up to the product that uses it. There it is dequantized, or, where its policy quantizes
     activations as well (`QuantSpec.act`), the other operand is rounded with one scale a row and
     the product is one of integers. The signature stays that of `apply`; its first argument
-    is the tree. Leaves and arguments that are not arrays are static.
+    is the tree. Leaves and arguments that are not arrays are static. On leaves that
+    `quantjax.qat.prepare` made, products are those of floats with both sides rounded, to train.
 
     Raises ValueError under `strict`, naming the parameter, where one becomes float anywhere but at
     a product.
@@ -147,7 +152,7 @@ def intercept(apply: Callable[..., Any], *, strict: bool = False) -> Intercepted
 def sites(apply: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> tuple[Site, ...]:
     """Every product of `apply(params, *args)` that uses a parameter, found by tracing alone.
 
-    `params` may hold arrays, QTensors or ShapeDtypeStructs.
+    `params` may hold arrays, quantized leaves or ShapeDtypeStructs.
 
     >>> apply = lambda p, x: x @ p["kernel"].T
     >>> p = {"kernel": jax.ShapeDtypeStruct((8, 4), jnp.float32)}
@@ -162,7 +167,7 @@ def record_of(
 ) -> Record:
     """What an evaluation on abstract values notes; in `statistics` what it would observe."""
     machine = Machine(Record(), statistics=statistics or Statistics())
-    leaves, structure = jax.tree.flatten((args, kwargs), is_leaf=is_qtensor)
+    leaves, structure = jax.tree.flatten((args, kwargs), is_leaf=is_quantized)
     moving, refill = _split(leaves)
 
     def traced(*arrays: Any) -> Any:

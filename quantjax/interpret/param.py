@@ -13,6 +13,8 @@ import numpy as np
 
 from quantjax.affine import dequantize_array
 from quantjax.blocks import spread
+from quantjax.fake_quantized import FakeQuantized
+from quantjax.interpret.trained import Trained, trained
 from quantjax.qtensor import QTensor
 
 Axes = tuple[tuple[int, ...], ...]
@@ -27,7 +29,8 @@ class Param:
     the leaf that are merged in it, in order; an axis of length one may have none. casts: the
     dtypes it was converted to, in turn. layers: how many leading axes scans have taken off.
     slot: while activations are observed, where the statistics of its layers are kept, an integer
-    for each; scans take their axes off here too.
+    for each; scans take their axes off here too. trained: what a FakeQuantized asks of products;
+    its `value` here is the rounded array.
     """
 
     value: jax.Array | QTensor
@@ -36,6 +39,7 @@ class Param:
     casts: tuple[np.dtype, ...] = dataclasses.field(default=(), metadata=dict(static=True))
     layers: int = dataclasses.field(default=0, metadata=dict(static=True))
     slot: jax.Array | None = None
+    trained: Trained | None = None
 
     @property
     def quantized(self) -> bool:
@@ -65,9 +69,14 @@ class Param:
         return x
 
 
-def param(value: jax.Array | QTensor, path: str, slot: jax.Array | None = None) -> Param:
+def param(
+    value: jax.Array | QTensor | FakeQuantized, path: str, slot: jax.Array | None = None
+) -> Param:
     """A leaf as it lies."""
-    return Param(value, path, tuple((a,) for a in range(value.ndim)), slot=slot)
+    asks = None
+    if isinstance(value, FakeQuantized):
+        value, asks = trained(value)
+    return Param(value, path, tuple((a,) for a in range(value.ndim)), slot=slot, trained=asks)
 
 
 def transposed(x: Param, permutation: Sequence[int]) -> Param:
@@ -151,13 +160,13 @@ def _reordered(x: jax.Array, order: list[int | None]) -> jax.Array:
     return x.reshape([1 if a is None else next(lengths) for a in order])
 
 
-def stack(x: Param) -> jax.Array | QTensor | None:
+def stack(x: Param) -> jax.Array | QTensor | tuple[jax.Array, Trained] | None:
     """The leaf with a leading axis on every array, for a scan over it; None if the leading axis
     of the view is not that of the leaf."""
     if x.axes[0] != (0,):
         return None
     if not isinstance(x.value, QTensor):
-        return x.value
+        return x.value if x.trained is None else (x.value, x.trained.stacked(x.value.shape[0]))
     q = x.value
     if q.packed is not None and q.packed[0] == -q.ndim:
         return None
@@ -197,7 +206,14 @@ def stack_slot(x: Param) -> jax.Array | None:
     return jnp.broadcast_to(x.slot, x.value.shape[:1])
 
 
-def layer(x: Param, value: jax.Array | QTensor, slot: jax.Array | None = None) -> Param:
+def layer(
+    x: Param,
+    value: jax.Array | QTensor | tuple[jax.Array, Trained],
+    slot: jax.Array | None = None,
+) -> Param:
     """What one step of a scan over `stack(x)` and `stack_slot(x)` sees of it."""
+    value, asks = value if isinstance(value, tuple) else (value, None)
     axes = tuple(tuple(a - 1 for a in group) for group in x.axes[1:])
-    return dataclasses.replace(x, value=value, axes=axes, layers=x.layers + 1, slot=slot)
+    return dataclasses.replace(
+        x, value=value, axes=axes, layers=x.layers + 1, slot=slot, trained=asks
+    )

@@ -39,12 +39,13 @@ def cut(x: Param, dim: int, what: Cut) -> Param | None:
     (axis,) = x.axes[dim]
     value = part(x.value, axis, what)
     if value is None:  # a block may span layers
-        value = stack(x) if axis == 0 and x.quantized else None
-        value = None if value is None else part(value, axis, what)
+        layers: Any = stack(x) if axis == 0 and x.quantized else None
+        value = None if layers is None else part(layers, axis, what)
     if value is None:
         return None
     slot = x.slot if x.slot is None or x.slot.ndim <= axis else what.take(x.slot, axis)
-    taken = dataclasses.replace(x, value=value, slot=slot)
+    asks = x.trained and x.trained.at(axis, lambda a: what.take(a, axis))
+    taken = dataclasses.replace(x, value=value, slot=slot, trained=asks)
     layer = axis == 0 and what.length == 1 < x.shape[dim] and value.ndim > 2
     return first_layer(taken) if layer and not _packed_first(value) else taken
 
@@ -155,7 +156,10 @@ def first_layer(x: Param) -> Param:
     axes: Axes = tuple(tuple(a - 1 for a in group if a) for group in x.axes)
     slot = x.slot if x.slot is None or x.slot.ndim == 0 else _without(x.slot)
     value = _without(x.value)
-    return dataclasses.replace(x, value=value, axes=axes, layers=x.layers + 1, slot=slot)
+    asks = x.trained and x.trained.at(0, _without)
+    return dataclasses.replace(
+        x, value=value, axes=axes, layers=x.layers + 1, slot=slot, trained=asks
+    )
 
 
 def _without(x: Any) -> Any:

@@ -13,6 +13,7 @@ from jax.extend.core import primitives as p
 from quantjax.affine import dequantize_array
 from quantjax.blocks import sizes
 from quantjax.interpret import jax_compat as compat
+from quantjax.interpret.gradients import trained_product
 from quantjax.interpret.param import Param, as_qtensor
 from quantjax.interpret.record import Place, Site, product
 from quantjax.interpret.rounded import Rounded, rounded_activation
@@ -35,6 +36,7 @@ DOT, CONV, GATHER = p.dot_general_p.name, p.conv_general_dilated_p.name, p.gathe
 RAGGED_DOT = "ragged_dot_general"
 PRODUCTS = frozenset({DOT, CONV, RAGGED_DOT})
 DEQUANTIZED = "float, dequantized here"
+FAKE = "float, fake-quantized"
 
 
 def _originals(x: Param, dims: Sequence[int]) -> tuple[int, ...]:
@@ -73,11 +75,26 @@ def _note_site(
             calls=place.calls,
             groups=groups,
             layers=x.layers,
-            format=str(x.value.format if isinstance(x.value, QTensor) else x.value.dtype),
+            format=_format(x),
             act="" if act is None else str(act),
-            lowering=lowering if x.quantized else "float",
+            lowering=_lowering(x, lowering),
         ),
     )
+
+
+def _format(x: Param) -> str:
+    if isinstance(x.value, QTensor):
+        return str(x.value.format)
+    return str(x.value.dtype if x.trained is None else x.trained.format)
+
+
+def _lowering(x: Param, lowering: str) -> str:
+    if x.quantized:
+        return lowering
+    if x.trained is None:
+        return "float"
+    backward = x.trained.backward
+    return FAKE if backward is None else f"{FAKE}; gradients: {backward}"
 
 
 def _bound(eqn: Any, inputs: Sequence[Any]) -> list[Any]:
@@ -95,6 +112,9 @@ def dot(machine: Any, eqn: Any, inputs: Sequence[Any], place: Place) -> list[Any
     if len(used) == 1 and inputs[used[0]].quantized:
         act = rounded_activation(eqn, inputs[used[0]])
         lowering, result = _quantized_dot(eqn, inputs, used[0], act)
+    elif len(used) == 1 and inputs[used[0]].trained is not None:
+        act = rounded_activation(eqn, inputs[used[0]])
+        result = _trained(eqn, inputs, used[0], act, summed[1 - used[0]])
     for i in used:
         _note_site(
             machine, eqn, inputs[i], inputs[1 - i], place,
@@ -102,6 +122,16 @@ def dot(machine: Any, eqn: Any, inputs: Sequence[Any], place: Place) -> list[Any
             flops=2 * math.prod(out.shape) * product(inputs[i].shape, tuple(summed[i])),
         )  # fmt: skip
     return _bound(eqn, inputs) if result is None else [result]
+
+
+def _trained(
+    eqn: Any, inputs: Sequence[Any], side: int, act: Rounded | None, summed: Sequence[int]
+) -> jax.Array:
+    """The product of a fake-quantized parameter, at `side`, in floats with both sides rounded."""
+    arrays = [x.array() if isinstance(x, Param) else x for x in inputs]
+    if act is not None:
+        arrays[1 - side] = act.fake(arrays[1 - side], summed)
+    return trained_product(eqn, arrays, side, inputs[side].trained)
 
 
 def _quantized_dot(
@@ -170,7 +200,9 @@ def convolution(machine: Any, eqn: Any, inputs: Sequence[Any], place: Place) -> 
     numbers, out = params.dimension_numbers, eqn.outvars[0].aval
     summed = numbers.rhs_spec[1:]  # of (output, input, *window)
     act, lowering, result = rounded_activation(eqn, kernel), DEQUANTIZED, None
-    if act is not None:
+    if kernel.trained is not None:
+        result = _trained(eqn, inputs, 1, act, params.summed)
+    elif act is not None:
         q = as_qtensor(kernel)
         plan = Plan(Lowering.FLOAT, "a view that merges axes")
         if q is not None:
@@ -236,7 +268,9 @@ def ragged_dot(machine: Any, eqn: Any, inputs: Sequence[Any], place: Place) -> l
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     (summed_tokens, summed), (_, shared) = numbers.dot_dimension_numbers
     act, lowering, result = rounded_activation(eqn, experts), DEQUANTIZED, None
-    if act is not None:
+    if experts.trained is not None:
+        result = _trained(eqn, inputs, 1, act, summed_tokens)
+    elif act is not None:
         q, plan = as_qtensor(experts), Plan(Lowering.FLOAT, "other axes than (T, K) and (E, K, N)")
         if q is not None and len(rest) == 1 and _is_plain_ragged(numbers, tokens):
             plan = plan_ragged_dot(q, act.spec)

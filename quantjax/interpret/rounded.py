@@ -36,10 +36,8 @@ def keeps_floats(eqn: Any) -> bool:
 def rounded_activation(eqn: Any, x: Param) -> Rounded | None:
     """Not at all where the model asks for the highest precision. Raises ValueError, naming the
     parameter, where the scale is static and was never found."""
-    if not isinstance(x.value, QTensor) or keeps_floats(eqn):
-        return None
-    q = x.value
-    if q.act is None:
+    q = x.value if isinstance(x.value, QTensor) else x.trained
+    if q is None or q.act is None or keeps_floats(eqn):
         return None
     if q.act_scale is None:
         if q.act.static:

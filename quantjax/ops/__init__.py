@@ -1,6 +1,7 @@
 """Products in low precision, each with the lowering that is fast on its platform."""
 
 from quantjax.ops.activation import activation_codes, fake_activation
+from quantjax.ops.backward import Backward, GradientAxes, with_rounded_gradients
 from quantjax.ops.conv import integer_conv, prefers_integers
 from quantjax.ops.dot import Lowering, Plan, plan_dot, quantized_dot
 from quantjax.ops.forms import DimensionNumbers, Pair
@@ -10,8 +11,10 @@ from quantjax.ops.quantized_conv import ConvParams, plan_conv, quantized_conv
 from quantjax.ops.ragged import plan_ragged_dot, quantized_ragged_dot
 
 __all__ = [
+    "Backward",
     "ConvParams",
     "DimensionNumbers",
+    "GradientAxes",
     "Lowering",
     "Pair",
     "Plan",
@@ -29,4 +32,5 @@ __all__ = [
     "quantized_conv",
     "quantized_dot",
     "quantized_ragged_dot",
+    "with_rounded_gradients",
 ]

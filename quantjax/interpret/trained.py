@@ -1,0 +1,67 @@
+"""What does a fake-quantized parameter ask of the products that use it?
+
+The evaluator carries it as its rounded array, which any operation may transpose, slice or cast, and
+this beside it, up to the products."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from quantjax.fake_quantized import FakeQuantized, fake_array
+from quantjax.formats import Format
+from quantjax.ops import Backward
+from quantjax.spec import QuantSpec
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Trained:
+    """How what meets the parameter is rounded, forward and backward; see FakeQuantized.
+
+    act_scale, act_zero_point and key have one entry for each of the leading layers that no scan
+    took off yet.
+    """
+
+    act_scale: jax.Array | None
+    act_zero_point: jax.Array | None
+    key: jax.Array | None
+    format: Format = dataclasses.field(metadata=dict(static=True))
+    act: QuantSpec | None = dataclasses.field(metadata=dict(static=True))
+    backward: Backward | None = dataclasses.field(metadata=dict(static=True))
+
+    def at(self, axis: int, take: Callable[[jax.Array], jax.Array]) -> "Trained":
+        """With what `take` makes of each array that has this axis of the parameter."""
+
+        def each(a: jax.Array | None) -> Any:
+            return a if a is None or a.ndim <= axis else take(a)
+
+        key = self.key
+        if key is not None and key.ndim > axis:
+            key = jax.random.wrap_key_data(
+                take(jax.random.key_data(key)), impl=jax.random.key_impl(key)
+            )
+        return dataclasses.replace(
+            self, act_scale=each(self.act_scale), act_zero_point=each(self.act_zero_point), key=key
+        )
+
+    def stacked(self, n: int) -> "Trained":
+        """With a leading axis on every array, for a scan over n layers."""
+
+        def each(a: jax.Array | None) -> Any:
+            return a if a is None or a.ndim else jnp.broadcast_to(a, (n,))
+
+        key = self.key
+        if key is not None and not key.ndim:
+            key = jax.random.split(key, n)
+        return dataclasses.replace(
+            self, act_scale=each(self.act_scale), act_zero_point=each(self.act_zero_point), key=key
+        )
+
+
+def trained(x: FakeQuantized) -> tuple[jax.Array, Trained]:
+    """Its rounded array, and what it asks of products."""
+    asks = Trained(x.act_scale, x.act_zero_point, x.key, x.format, x.spec.act, x.backward)
+    return fake_array(x), asks
