@@ -19,24 +19,31 @@ from jaxtyping import Array, Int8, Int32, Integer, UInt8
 
 from quantjax.ops.depthwise import depthwise
 from quantjax.ops.forms import flip
-from quantjax.ops.patches import Window, convolve, output_sums
+from quantjax.ops.patches import Window, convolve, is_known, output_sums
 from quantjax.ops.probe import force, forced, probe
 from quantjax.ops.transposed import interleave, kernel_of_phases, phases
 
-# Bytes of patches at a time. On CPU, patches that leave the second-level cache cost more than the
-# product: 256 x 16x16x64, 3x3, takes 1.1 of float's speed in one piece, 2.4 in blocks of 0.25 to
-# 1 MiB. On GPUs a block must only bound the memory.
+# Bytes of patches at a time. On CPU patches that leave the second-level cache cost more than the
+# product: 3x3 on 256 x 16x16x64 is 1.1 times as fast as float in one piece, 2.4 times in blocks of
+# 0.25 to 1 MiB. On GPUs a block must only bound the memory.
 CPU_PATCHES, GPU_PATCHES = 2**20, 2**28
 # What integers save and cost on CPU for each place of the window, in multiply-adds of XLA's float32
-# convolution. Fitted to the medians of 70 layers at batch 1, 32 and 256, quantizing the input and
-# scaling the output included, on two cores of an Intel Xeon with AMX and VNNI: ratios to float of
-# 3x3 layers 0.5 to 0.8 with 16 channels in and out, 0.8 to 0.9 with 32, 1.1 to 3.5 from 32 to 64,
-# 1.3 to 2.1 with 64, 2.3 to 3.9 with 128; 1x1 layers 0.4 to 0.7 from 32 to 192, 0.7 to 1.3 from 64
-# to 256, 1.5 to 2.4 from 256 to 64, 2.6 to 3.1 from 256 to 1024; 16x16 patches of 3 to 384, 1.8 to
-# 2.3. Groups 1.3 to 7, one channel each 1.9 to 15, three spatial axes 6 to 8: XLA's own are slow.
+# convolution. Fitted to 70 layers at batch 1, 32 and 256, quantizing the input (one scale for each
+# example) and scaling the output included: medians on two shared cores of an Intel Xeon with AMX
+# and VNNI, jaxlib 0.10.2. Times as fast as float:
+#   3x3, channels in to out    3 to 16: 0.7-1.8, 16 to 16: 0.5-0.8 (batch 1: 0.8-1.7), 32 to 32:
+#     0.7-1.0, 32 to 64: 1.1-3.5, 64 to 64: 1.2-2.1, 128 to 128: 1.6-4, 256 to 256: 2.3-8
+#   7x7 in steps of 2, 3 to 64: 0.5-0.9; 16x16 patches, 3 to 384: 1.8-2.3; 4x4, 3 to 64: 0.4-0.9
+#   1x1    16 to 32: 0.1-0.6, 32 to 192: 0.4-0.7, 64 to 256: 0.7-1.3, 256 to 64: 1.5-4,
+#     256 to 1024: 1.6-8
+#   groups    of several channels: 1.1-7, of one (depthwise): 1.7-40; three spatial axes: 4-8, as
+#     XLA's own float forms of these are slow; with 1x1 windows, 0.3-1.4
+#   transposed, twice the size    2x2 64 to 32: 1.2-3, 3x3 64 to 32: 0.7-1.8, 4x4 128 to 64: 1.5-1.8
+#     (batch 1: 0.8), 4x4 256 to 128: 2.0-2.4 (batch 1: 0.8-0.9), 4x4 32 to 3: 0.6
 GAIN = 5.0  # how many integer multiply-adds take the time of a float one
 OUTPUT, INPUT = 50.0, 24.0  # to write one int32 and scale it; to quantize one input
 PATCH, THIN = 20.0, 60.0  # to copy one byte into a patch; the same in runs of less than 16 bytes
+ARRANGE = 12.0  # to copy one byte into the kernel of a transposed convolution, once for all places
 
 Groups = tuple[int, int]  # of features, of the batch; one of them is 1
 
@@ -75,7 +82,7 @@ def integer_conv(
     lengths = [x.shape[a] for a in numbers.lhs_spec[2:]]
     size = tuple(w.shape[a] for a in numbers.rhs_spec[2:])
     steps = (*window_strides, *rhs_dilation, batch_group_count)
-    if max(lhs_dilation) > 1 and set(steps) == {1}:
+    if max(lhs_dilation) > 1 and set(steps) == {1} and is_known(lengths):
         axes = [phases(*axis) for axis in zip(lengths, size, padding, lhs_dilation, strict=True)]
         if all(axis.out > 0 for axis in axes):
             v = kernel_of_phases(w, axes, numbers, feature_group_count)
@@ -115,7 +122,7 @@ def _pad(
 
 
 def prefers_integers(
-    x_shape: Sequence[int],
+    x_shape: Sequence[Any],
     w_shape: Sequence[int],
     *,
     window_strides: Sequence[int],
@@ -138,19 +145,24 @@ def prefers_integers(
     'a sum of 27 to 16 outputs gains less than patches and scales cost'
     """
     outputs, channels, *size = (w_shape[a] for a in dimension_numbers.rhs_spec)
-    if max(feature_group_count, batch_group_count) > 1 or len(size) > 2:
+    groups = max(feature_group_count, batch_group_count)
+    if (groups > 1 or len(size) > 2) and math.prod(size) > 1:
         return ""
-    saved = math.prod(size) * channels * outputs  # by a place of the window: by one of the input
+    outputs //= groups
+    saved, arranged = math.prod(size) * channels * outputs, 0.0
     if max(lhs_dilation) > 1:
         if {*window_strides, *rhs_dilation} != {1}:
             return "steps of more than one over holes"
-        lengths = [x_shape[a] for a in dimension_numbers.lhs_spec[2:]]
+        batch, _, *lengths = (x_shape[a] for a in dimension_numbers.lhs_spec)
         axes = [phases(*axis) for axis in zip(lengths, size, padding, lhs_dilation, strict=True)]
         size, outputs = [axis.size for axis in axes], outputs * math.prod(lhs_dilation)
+        if is_known([batch, *lengths]):
+            arranged = math.prod(size) * channels * outputs / max(1, batch * math.prod(lengths))
     window = math.prod(size)
     seen = min(window, math.prod(window_strides))  # how much of the input is new at each place
     patch = 0.0 if window == 1 else PATCH if channels >= 16 else THIN
     cost = outputs * OUTPUT + window * channels * patch + channels * seen * INPUT
+    cost += arranged * ARRANGE
     if saved - window * channels * outputs / GAIN > cost:
         return ""
     summed = window * channels
@@ -196,14 +208,13 @@ def _abstract(
     return jax.core.ShapedArray(out.shape, jnp.int32)
 
 
-def _as(dtype: Any, x: jax.Array, w: jax.Array, numbers: Any) -> tuple[jax.Array, Any]:
+def _as(dtype: Any, x: jax.Array, w: jax.Array, numbers: Any) -> tuple[jax.Array, jax.Array | int]:
     """The codes in the other type, 128 apart, and what every output of them then misses: 128 times
     the sum of its weights, as no padding is left to be made."""
     if x.dtype == dtype:
         return x, 0
-    sums = lax.expand_dims(
-        output_sums(w, numbers), [a for a in range(x.ndim) if a != numbers.out_spec[1]]
-    )
+    others = [a for a in range(x.ndim) if a != numbers.out_spec[1]]
+    sums = lax.expand_dims(output_sums(w, numbers), others)
     return flip(x), sums * (128 if x.dtype == np.uint8 else -128)
 
 
@@ -217,22 +228,20 @@ def _on_tpu(
 def _elsewhere(
     x: jax.Array, w: jax.Array, *, window: Window, numbers: Any, groups: Groups, form: str | None
 ) -> jax.Array:
-    x, missing = _as(np.int8, x, w, numbers)
-    return _by_patches(x, w, window, numbers, groups, GPU_PATCHES) + missing
+    limit = GPU_PATCHES if is_known(x.shape) else None
+    return _by_patches(x, w, window, numbers, groups, np.int8, limit)
 
 
 def _lower_on_cpu(
     ctx: Any, x: Any, w: Any, *, window: Window, numbers: Any, groups: Groups, form: str | None
 ) -> Any:
-    """By the product that the probe ranks first, asked here, where the platform is known. Codes
-    take its type before patches repeat them."""
+    """By the product that the probe ranks first, asked here, where the platform is known."""
     form = form or probe().form
     dtype = np.uint8 if form == "u8s8" else np.int8
 
     def chosen(x: jax.Array, w: jax.Array) -> jax.Array:
         with force(form):
-            x, missing = _as(dtype, x, w, numbers)
-            return _by_patches(x, w, window, numbers, groups, CPU_PATCHES) + missing
+            return _by_patches(x, w, window, numbers, groups, dtype, CPU_PATCHES)
 
     return mlir.lower_fun(chosen, multiple_results=False)(ctx, x, w)
 
@@ -250,25 +259,30 @@ def _by_patches(
     window: Window,
     numbers: lax.ConvDimensionNumbers,
     groups: Groups,
-    limit: int,
+    dtype: Any,
+    limit: int | None,
 ) -> jax.Array:
-    """Channels last, groups first; then the axes as they were asked for."""
+    """Channels last, groups first; then the axes as they were asked for. Codes become `dtype`
+    before patches repeat them; sums of one channel have no preference."""
+    alone = groups[0] == x.shape[numbers.lhs_spec[1]] > 1
+    x, missing = (x, 0) if alone else _as(dtype, x, w, numbers)
     # G groups, N batch, S spatial axes, C inputs and O outputs of a group, K window
     x_NSC = jnp.transpose(x, (numbers.lhs_spec[0], *numbers.lhs_spec[2:], numbers.lhs_spec[1]))
     w_KCO = jnp.transpose(w, (*numbers.rhs_spec[2:], numbers.rhs_spec[1], numbers.rhs_spec[0]))
     conv = functools.partial(convolve, window=window)
     count = max(groups)
-    if groups[0] == x_NSC.shape[-1] > 1:
+    if alone:
         y_NSO = depthwise(x_NSC, w_KCO, window)
     elif count == 1:
         y_NSO = conv(x_NSC, w_KCO, limit=limit)
     else:
         x_GNSC = _split(x_NSC, x.ndim - 1 if groups[0] > 1 else 0, count)
         w_GKCO = _split(w_KCO, w.ndim - 1, count)
-        y_GNSO = jax.vmap(functools.partial(conv, limit=limit // count))(x_GNSC, w_GKCO)
+        share = None if limit is None else limit // count
+        y_GNSO = jax.vmap(functools.partial(conv, limit=share))(x_GNSC, w_GKCO)
         y_NSO = _merge(y_GNSO, x.ndim - 1)
     order = (numbers.out_spec[0], *numbers.out_spec[2:], numbers.out_spec[1])
-    return jnp.transpose(y_NSO, np.argsort(order).tolist())
+    return jnp.transpose(y_NSO, np.argsort(order).tolist()) + missing
 
 
 def _split(x: jax.Array, axis: int, count: int) -> jax.Array:

@@ -19,7 +19,8 @@ from quantjax.ops.integer import integer_dot_general
 
 # The least length of a sum that is worth a product of its own. A window whose rows are at least as
 # long gives one product for each of its rows, added up, on patches that are smaller by its height:
-# at 3x3 and 64 channels 1.1 to 1.5 times faster, at 16 channels 1.4 times slower.
+# at 3x3 and 64 channels 1.1 to 1.5 times faster, at 16 channels 1.4 times slower. It cuts the
+# kernel too, which costs more where places are fewer than outputs.
 ROW = 128
 
 
@@ -30,11 +31,13 @@ class Window(NamedTuple):
     strides: tuple[int, ...]
     dilation: tuple[int, ...]
 
-    def places(self, shape: Sequence[int]) -> tuple[int, ...]:
+    def places(self, shape: Sequence[Any]) -> tuple[Any, ...]:
         """How many it has along each axis of an input of this spatial shape."""
         reach = [(k - 1) * d + 1 for k, d in zip(self.size, self.dilation, strict=True)]
+        steps = zip(shape, reach, self.strides, strict=True)
         return tuple(
-            max(0, (n - r) // s + 1) for n, r, s in zip(shape, reach, self.strides, strict=True)
+            max(0, (n - r) // s + 1) if isinstance(n, int) else (n - r) // s + 1
+            for n, r, s in steps  # not numbers: symbols of jax.export
         )
 
 
@@ -43,7 +46,7 @@ def convolve(
     w: Int8[Array, "*K C O"],
     *,
     window: Window,
-    limit: int,
+    limit: int | None,
 ) -> Int32[Array, "N *T O"]:
     """The convolution of a padded input, channels last, by exact products of matrices.
 
@@ -56,14 +59,17 @@ def convolve(
     if 0 in shape or 0 in w.shape:
         return jnp.zeros(shape, jnp.int32)
     piece = functools.partial(_piece, window=window)
-    if math.prod(window.size) == 1:  # a product of what there is, without copies
+    if limit is None or math.prod(window.size) == 1:  # the latter is a product, without copies
         return piece(x, w)
-    row = math.prod(places[1:]) * math.prod(w.shape[:-1])
-    examples = min(shape[0], max(1, limit // (row * places[0])))
-    rows = places[0] if examples > 1 else min(places[0], max(1, limit // row))
-    examples, rows = _even(shape[0], examples), _even(places[0], rows)
+    if is_known(shape):
+        row = math.prod(places[1:]) * math.prod(w.shape[:-1])
+        examples = min(shape[0], max(1, limit // (row * places[0])))
+        rows = places[0] if examples > 1 else min(places[0], max(1, limit // row))
+        examples, rows = _even(shape[0], examples), _even(places[0], rows)
+    else:
+        examples, rows = 1, places[0]
     counts = (-(-shape[0] // examples), -(-places[0] // rows))
-    if math.prod(counts) == 1:
+    if (examples, rows) == shape[:2]:
         return piece(x, w)
     stride = window.strides[0]
     rest = [0] * (x.ndim - 2)
@@ -88,6 +94,11 @@ def output_sums(w: Int8[Array, "*w"], numbers: lax.ConvDimensionNumbers) -> Int3
     return integer_dot_general(ones, w, (((1,), (0,)), ((), ())))[0]
 
 
+def is_known(shape: Sequence[Any]) -> bool:
+    """Whether lengths are numbers, not symbols of jax.export."""
+    return all(isinstance(n, int) for n in shape)
+
+
 def _even(n: int, most: int) -> int:
     """The size of the fewest blocks of at most `most`, all as equal as can be."""
     return -(-n // -(-n // most))
@@ -96,9 +107,10 @@ def _even(n: int, most: int) -> int:
 def _piece(x: jax.Array, w: jax.Array, *, window: Window) -> jax.Array:
     *size, c, o = w.shape
     tiles = window.strides == window.size and set(window.dilation) == {1}
-    long = len(size) > 1 and math.prod(size[1:]) * c >= ROW
-    apart = 1 if long and not tiles else 0  # axes that are not in a patch
     places = window.places(x.shape[1:-1])
+    long = len(size) > 1 and math.prod(size[1:]) * c >= ROW
+    many = not is_known(x.shape) or x.shape[0] * math.prod(places) >= o
+    apart = 1 if long and many and not tiles else 0  # axes that are not in a patch
     # Fused with what makes x, the slices would make it again for each element of the window.
     x = lax.optimization_barrier(x)
     x = _tiles(x, window) if tiles else _patches(x, window, apart)
