@@ -5,10 +5,12 @@ from quantjax.ops.backward import Backward, GradientAxes, with_rounded_gradients
 from quantjax.ops.conv import integer_conv, prefers_integers
 from quantjax.ops.dot import Lowering, Plan, plan_dot, quantized_dot
 from quantjax.ops.forms import DimensionNumbers, Pair
+from quantjax.ops.grouped import grouped_dot, grouped_pays
 from quantjax.ops.integer import integer_dot_general
 from quantjax.ops.probe import Probe, force, probe
 from quantjax.ops.quantized_conv import ConvParams, plan_conv, quantized_conv
 from quantjax.ops.ragged import plan_ragged_dot, quantized_ragged_dot
+from quantjax.ops.weight_only import fits_small_batch, small_batch_dot
 
 __all__ = [
     "Backward",
@@ -21,7 +23,10 @@ __all__ = [
     "Probe",
     "activation_codes",
     "fake_activation",
+    "fits_small_batch",
     "force",
+    "grouped_dot",
+    "grouped_pays",
     "integer_conv",
     "integer_dot_general",
     "plan_conv",
@@ -32,5 +37,6 @@ __all__ = [
     "quantized_conv",
     "quantized_dot",
     "quantized_ragged_dot",
+    "small_batch_dot",
     "with_rounded_gradients",
 ]
