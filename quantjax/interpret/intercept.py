@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from quantjax.fake_quantized import FakeQuantized, is_quantized
+from quantjax.interpret.errors import check_leaves, check_used, explained
 from quantjax.interpret.evaluate import Machine, evaluate
-from quantjax.interpret.jax_compat import Literal, open_jaxpr
 from quantjax.interpret.param import Param, param
 from quantjax.interpret.record import Place, Record, Site
 from quantjax.interpret.report import Report
@@ -73,9 +73,11 @@ def run(machine: Machine, apply: Callable[..., Any], args: tuple, kwargs: dict) 
         out, out_structure = jax.tree.flatten(apply(first, *rest, **words))
         return out
 
-    jaxpr = jax.make_jaxpr(flat)(*map(_abstract, moving))
     named_arrays = list(zip(names, moving, strict=True))
-    _check_used(jaxpr, [name if is_quantized(leaf) else None for name, leaf in named_arrays])
+    check_leaves(named_arrays)
+    with explained(named_arrays):
+        jaxpr = jax.make_jaxpr(flat)(*map(_abstract, moving))
+    check_used(jaxpr, [name if is_quantized(leaf) else None for name, leaf in named_arrays])
     slot = machine.statistics.slot
     values = [
         x if name is None else param(_as_leaf(x), name, slot(name)) for name, x in named_arrays
@@ -85,21 +87,6 @@ def run(machine: Machine, apply: Callable[..., Any], args: tuple, kwargs: dict) 
     return jax.tree.unflatten(
         out_structure, [x.array() if isinstance(x, Param) else x for x in out]
     )
-
-
-def _check_used(jaxpr: Any, names: list[str | None]) -> None:
-    """Raises ValueError if the function reads no quantized parameter, but arrays of its own."""
-    own = [c for c in jaxpr.consts if np.ndim(c) > 1]
-    jaxpr, _ = open_jaxpr(jaxpr)
-    uses = (*(v for eqn in jaxpr.eqns for v in eqn.invars), *jaxpr.outvars)
-    read = {v for v in uses if not isinstance(v, Literal)}
-    quantized = [(n, v) for n, v in zip(names, jaxpr.invars, strict=True) if n is not None]
-    if own and quantized and not any(v in read for _, v in quantized):
-        raise ValueError(
-            f"intercept: the function uses none of its {len(quantized)} quantized parameters "
-            f"({quantized[0][0]}, ...). If it closes over them, pass them as its first argument: "
-            f"intercept(lambda params, x: model(params, x))(qparams, x)."
-        )
 
 
 def _as_leaf(leaf: Any) -> Any:
