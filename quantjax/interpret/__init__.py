@@ -2,7 +2,7 @@
 
 from quantjax.interpret.calibrate import calibrate
 from quantjax.interpret.intercept import Intercepted, intercept, sites
-from quantjax.interpret.record import Remark, Site
+from quantjax.interpret.record import Remark, Site, Sites
 from quantjax.interpret.registry import register_rule
 from quantjax.interpret.report import Report
 
@@ -11,6 +11,7 @@ __all__ = [
     "Remark",
     "Report",
     "Site",
+    "Sites",
     "calibrate",
     "intercept",
     "register_rule",

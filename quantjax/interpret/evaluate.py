@@ -7,6 +7,7 @@ functions with a custom JVP, which keep it. Those with a custom VJP are not ente
 residuals are made of what the function was given; nor are shard_map, kernels and foreign calls."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -110,7 +111,7 @@ def _equation(machine: Machine, eqn: Any, inputs: list[Value], place: Place) -> 
         return call(machine, eqn, inputs, place)
     if not used:
         if name in PRODUCTS:
-            machine.record.remark(place, "", name, "a product of two activations")
+            machine.record.remark(place, "", name, "a product of two activations", flops(eqn))
         elif call is None and _has_products(eqn):
             machine.record.remark(place, "", name, _INSIDE)
         return compat.rebind(eqn, inputs)
@@ -120,6 +121,19 @@ def _equation(machine: Machine, eqn: Any, inputs: list[Value], place: Place) -> 
     if out is not None:
         return out
     return compat.rebind(eqn, _arrays(machine, inputs, place, name, _NO_RULE))
+
+
+def flops(eqn: Any) -> int:
+    """Of one product, two a multiply-add."""
+    p, sides = eqn.params, [v.aval for v in eqn.invars[:2]]
+    if "rhs_dilation" in p:
+        shape = sides[1].shape
+        terms = math.prod(shape[a] for a in p["dimension_numbers"].rhs_spec[1:])
+    else:
+        ragged = p.get("ragged_dot_dimension_numbers")
+        numbers = p["dimension_numbers"] if ragged is None else ragged.dot_dimension_numbers
+        terms = math.prod(sides[0].shape[a] for a in numbers[0][0])
+    return 2 * math.prod(eqn.outvars[0].aval.shape) * terms
 
 
 def _has_products(eqn: Any) -> bool:
@@ -266,6 +280,9 @@ def _custom_jvp(machine: Machine, eqn: Any, inputs: list[Value], place: Place) -
 def _opaque(machine: Machine, eqn: Any, inputs: list[Value], place: Place) -> list[Value]:
     """What must not be opened, or is not known to be a call: it gets float arrays."""
     name = eqn.primitive.name
+    for x in inputs:
+        if isinstance(x, Param) and not x.quantized:
+            machine.record.remark(place, x.path, name, "not entered")
     if not any(isinstance(x, Param) for x in inputs):
         machine.record.remark(place, "", name, _INSIDE)
     return compat.rebind(eqn, _arrays(machine, inputs, place, name, _NOT_ENTERED))

@@ -1,6 +1,7 @@
 """Run an unmodified function on a tree with quantized leaves: trace, then evaluate."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,8 +13,8 @@ from quantjax.fake_quantized import FakeQuantized, is_quantized
 from quantjax.interpret.errors import check_leaves, check_used, explained
 from quantjax.interpret.evaluate import Machine, evaluate
 from quantjax.interpret.param import Param, param
-from quantjax.interpret.record import Place, Record, Site
-from quantjax.interpret.report import Report
+from quantjax.interpret.record import Place, Record, Sites
+from quantjax.interpret.report import Report, Stored
 from quantjax.interpret.statistics import Statistics
 from quantjax.paths import named_leaves
 from quantjax.qtensor import QTensor
@@ -109,8 +110,16 @@ class Intercepted:
         alone; the arguments may be ShapeDtypeStructs."""
         record = record_of(self.apply, (params, *args), kwargs)
         used = {site.path for site in record.sites} | {r.path for r in record.remarks}
-        rest = [name for name, leaf in named_leaves(params)[0] if is_array(leaf)]
-        return Report(record.sites, record.remarks, tuple(n for n in rest if n not in used))
+        named = [(name, leaf) for name, leaf in named_leaves(params)[0] if is_array(leaf)]
+        others = tuple(name for name, _ in named if name not in used)
+        stored = {name: _stored(leaf) for name, leaf in named}
+        return Report(record.sites, record.remarks, others, stored)
+
+
+def _stored(leaf: Any) -> Stored:
+    size = math.prod(leaf.shape)
+    held = leaf.nbytes if is_qtensor(leaf) else size * np.dtype(leaf.dtype).itemsize
+    return Stored(held, size * 4)
 
 
 def intercept(apply: Callable[..., Any], *, strict: bool = False) -> Intercepted:
@@ -136,17 +145,20 @@ def intercept(apply: Callable[..., Any], *, strict: bool = False) -> Intercepted
     return Intercepted(apply, strict)
 
 
-def sites(apply: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> tuple[Site, ...]:
+def sites(apply: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Sites:
     """Every product of `apply(params, *args)` that uses a parameter, found by tracing alone.
 
-    `params` may hold arrays, quantized leaves or ShapeDtypeStructs.
+    `params` may hold arrays, quantized leaves or ShapeDtypeStructs. A parameter that is used
+    twice is listed twice. Where one enters what is not entered, such as a custom VJP, `.remarks`
+    says so.
 
     >>> apply = lambda p, x: x @ p["kernel"].T
     >>> p = {"kernel": jax.ShapeDtypeStruct((8, 4), jnp.float32)}
     >>> [(s.path, s.contracting, s.flops) for s in sites(apply, p, jnp.ones((2, 4)))]
     [('kernel', (1,), 128)]
     """
-    return record_of(apply, (params, *args), kwargs).sites
+    record = record_of(apply, (params, *args), kwargs)
+    return Sites(record.sites, [r for r in record.remarks if r.path])
 
 
 def record_of(

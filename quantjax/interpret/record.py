@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -36,15 +37,38 @@ class Site:
     act: str = ""
     lowering: str = "float"
 
+    @property
+    def low_precision(self) -> bool:
+        """Whether the product itself is one of integers or of 8-bit floats."""
+        return self.contracting != () and not self.lowering.startswith("float")
+
 
 @dataclasses.dataclass(frozen=True)
 class Remark:
-    """Something that stayed, or became, float: which parameter if any, where, and why."""
+    """Something that stayed, or became, float: which parameter if any, where, and why. flops: if
+    it is a product."""
 
     path: str
     primitive: str
     module: str
     reason: str
+    flops: int = 0
+
+
+class Sites(tuple[Site, ...]):
+    """The products of a model that use parameters, in the order of the program, and `remarks`:
+    where a parameter enters what is not entered, so that its products are not known."""
+
+    remarks: tuple[Remark, ...]
+
+    def __new__(cls, sites: Iterable[Site], remarks: Iterable[Remark] = ()) -> "Sites":
+        """The sites, with remarks beside them."""
+        made = super().__new__(cls, sites)
+        made.remarks = tuple(remarks)
+        return made
+
+    def __getnewargs__(self) -> tuple[Any, ...]:
+        return tuple(self), self.remarks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,11 +96,13 @@ class Record:
 
     def site(self, place: Place, site: Site) -> None:
         """Notes a product."""
-        self._sites[place.key, site.path] = site
+        # Both operands of one product may be views of one parameter.
+        self._sites[place.key, site.path, site.contracting, site.batch] = site
 
-    def remark(self, place: Place, path: str, primitive: str, reason: str) -> None:
-        """Notes what stays float."""
-        self._remarks[place.key, path] = Remark(path, primitive, place.module, reason)
+    def remark(self, place: Place, path: str, primitive: str, reason: str, flops: int = 0) -> None:
+        """Notes what stays float; `flops` of one call."""
+        remark = Remark(path, primitive, place.module, reason, flops * place.calls)
+        self._remarks[place.key, path] = remark
 
     @property
     def sites(self) -> tuple[Site, ...]:
