@@ -12,6 +12,7 @@ import numpy as np
 from quantjax.fake_quantized import FakeQuantized, is_quantized
 from quantjax.interpret.errors import check_leaves, check_used, explained
 from quantjax.interpret.evaluate import Machine, evaluate
+from quantjax.interpret.jax_compat import explicit_sharding
 from quantjax.interpret.param import Param, param
 from quantjax.interpret.record import Place, Record, Sites
 from quantjax.interpret.report import Report, Stored
@@ -41,11 +42,13 @@ def _split(leaves: Sequence[Any]) -> tuple[list[Any], Callable[..., list[Any]]]:
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
-    """What the function sees of a leaf: the logical array."""
-    if isinstance(leaf, jax.Array):
-        aval = jax.typeof(leaf)
-        return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type)
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+    """What the function sees of a leaf: the logical array, laid out as it is if types say so."""
+    array = leaf.qvalue if is_qtensor(leaf) else leaf
+    if not isinstance(array, jax.Array):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+    weak = array is leaf and array.weak_type
+    own = {"weak_type": weak, "sharding": explicit_sharding(array)}
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, **own)
 
 
 def run(machine: Machine, apply: Callable[..., Any], args: tuple, kwargs: dict) -> Any:

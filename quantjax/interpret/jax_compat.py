@@ -91,6 +91,14 @@ def jit_shardings(params: dict[str, Any]) -> tuple[list[Any], list[Any]] | None:
     return ins, outs
 
 
+def explicit_sharding(x: jax.Array) -> Any:
+    """The sharding that is part of the type of x: that over the Explicit axes of a mesh; None if
+    there are none."""
+    sharding = jax.typeof(x).sharding
+    kinds = getattr(sharding.mesh, "axis_types", None) or ()
+    return sharding if jax.sharding.AxisType.Explicit in kinds else None
+
+
 def branch_platforms(params: dict[str, Any]) -> Any:
     """For each branch of a cond the platforms it is for, None for the default; None if it is no
     choice of platforms."""
