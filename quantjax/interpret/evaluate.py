@@ -119,7 +119,8 @@ def _equation(machine: Machine, eqn: Any, inputs: list[Value], place: Place) -> 
         machine.statistics.see(eqn, inputs)
     out = rules.apply(machine, eqn, inputs, place)
     if out is not None:
-        return out
+        pairs = zip(out, eqn.outvars, strict=True)
+        return [y if isinstance(y, Param) else compat.placed_as(y, v.aval) for y, v in pairs]
     return compat.rebind(eqn, _arrays(machine, inputs, place, name, _NO_RULE))
 
 

@@ -94,9 +94,18 @@ def jit_shardings(params: dict[str, Any]) -> tuple[list[Any], list[Any]] | None:
 def explicit_sharding(x: jax.Array) -> Any:
     """The sharding that is part of the type of x: that over the Explicit axes of a mesh; None if
     there are none."""
-    sharding = jax.typeof(x).sharding
+    return _explicit(jax.typeof(x).sharding)
+
+
+def _explicit(sharding: Any) -> Any:
     kinds = getattr(sharding.mesh, "axis_types", None) or ()
     return sharding if jax.sharding.AxisType.Explicit in kinds else None
+
+
+def placed_as(x: jax.Array, aval: Any) -> jax.Array:
+    """x as its type was to be, where shardings are part of types."""
+    wanted = _explicit(aval.sharding)
+    return x if wanted is None else jax.sharding.reshard(x, wanted)
 
 
 def branch_platforms(params: dict[str, Any]) -> Any:

@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from quantjax.affine import dequantize_array
 from quantjax.blocks import spread
 from quantjax.fake_quantized import FakeQuantized
 from quantjax.interpret.trained import Trained, trained
 from quantjax.qtensor import QTensor
+from quantjax.transform import dequantize
 
 Axes = tuple[tuple[int, ...], ...]
 
@@ -58,7 +58,7 @@ class Param:
 
     def array(self) -> jax.Array:
         """The view as a float array."""
-        x = dequantize_array(self.value) if isinstance(self.value, QTensor) else self.value
+        x = dequantize(self.value)
         order = [a for group in self.axes for a in group]
         # Axes of length one may have been dropped; they lie anywhere.
         order += [a for a in range(x.ndim) if a not in order]
