@@ -43,7 +43,9 @@ def _split(leaves: Sequence[Any]) -> tuple[list[Any], Callable[..., list[Any]]]:
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     """What the function sees of a leaf: the logical array, laid out as it is if types say so."""
-    array = leaf.qvalue if is_qtensor(leaf) else leaf
+    array = leaf
+    if is_quantized(leaf):
+        array = leaf.qvalue if isinstance(leaf, QTensor) else leaf.value
     if not isinstance(array, jax.Array):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
     weak = array is leaf and array.weak_type
@@ -121,7 +123,7 @@ class Intercepted:
 
 def _stored(leaf: Any) -> Stored:
     size = math.prod(leaf.shape)
-    held = leaf.nbytes if is_qtensor(leaf) else size * np.dtype(leaf.dtype).itemsize
+    held = leaf.nbytes if isinstance(leaf, QTensor) else size * np.dtype(leaf.dtype).itemsize
     return Stored(held, size * 4)
 
 
