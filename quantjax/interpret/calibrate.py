@@ -156,9 +156,10 @@ def _quantized(
 ) -> tuple[Any, set[str]]:
     """The quantized tree, its activation specs static, and the paths of those that were asked for
     by more than a policy's `otherwise`."""
+    by_name: set[str] = set()
     if policy is None:
         named, structure = named_leaves(params)
-        leaves, by_name = [], set()
+        leaves = []
         for path, x in named:
             if isinstance(x, QTensor) and x.act is not None:
                 x = dataclasses.replace(x, act=_static(path, x.act, observer))
@@ -166,10 +167,13 @@ def _quantized(
             leaves.append(x)
         tree = jax.tree.unflatten(structure, leaves)
     else:
-        policy = preset(policy) if isinstance(policy, str) else policy
-        resolved = policy.resolve(params, sites)
-        catch_all = policy.otherwise_name if isinstance(policy, Policy) else None
-        decisions, by_name = [], set()
+        catch_all = None
+        if isinstance(policy, Resolved):
+            resolved = policy.resolve(params)
+        else:
+            policy = preset(policy) if isinstance(policy, str) else policy
+            resolved, catch_all = policy.resolve(params, sites), policy.otherwise_name
+        decisions = []
         for path, decision in resolved.leaves:
             spec = decision.spec
             if spec is not None and spec.act is not None:

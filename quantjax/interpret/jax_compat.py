@@ -112,3 +112,9 @@ def branch_platforms(params: dict[str, Any]) -> Any:
     """For each branch of a cond the platforms it is for, None for the default; None if it is no
     choice of platforms."""
     return params.get("branches_platforms")
+
+
+def gathered(x: jax.Array) -> jax.Array:
+    """x whole on every device if its sharding is part of its type: a sort asks for that."""
+    spec = jax.typeof(x).sharding.spec
+    return jax.sharding.reshard(x, jax.P()) if any(spec) else x

@@ -17,6 +17,7 @@ from jax.extend.core import primitives as p
 from quantjax.affine import Scales
 from quantjax.blocks import whole
 from quantjax.formats import IntFormat
+from quantjax.interpret import jax_compat as compat
 from quantjax.interpret.param import Param
 from quantjax.interpret.rounded import keeps_floats
 from quantjax.observers import Grid, magnitude
@@ -61,7 +62,7 @@ class Watch:
 
     def update(self, state: State, slot: jax.Array, x: jax.Array) -> State:
         """The state after the product of one layer with x."""
-        x = lax.stop_gradient(x).astype(jnp.float32)
+        x = compat.gathered(lax.stop_gradient(x).astype(jnp.float32))
         layer = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, slot, keepdims=False), state)
 
         def later() -> Any:
@@ -123,7 +124,7 @@ class Statistics:
         self.state = {**self.state, x.path: new}
 
 
-def _met(eqn: Any, inputs: Sequence[Any]) -> tuple[Param, jax.Array] | None:
+def _met(eqn: Any, inputs: Sequence[Any]) -> tuple[Param, Any] | None:
     """The parameter and the activation of a product that rounds both, as `products` has it."""
     used = [i for i, x in enumerate(inputs) if isinstance(x, Param)]
     side = used[0]

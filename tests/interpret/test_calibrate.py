@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import quantjax as qj
 from quantjax.formats import e4m3
@@ -143,6 +143,15 @@ def test_layers_of_a_scan_have_scales_of_their_own():
     np.testing.assert_allclose(
         jax.jit(qj.intercept(scanned))(q, BATCHES[0]), unrolled(layers, BATCHES[0]), atol=0.1
     )
+
+
+def test_a_block_that_spans_layers_has_one_scale_for_all():
+    policy = qj.preset("w8a8").resolve(STACK)  # by names, which know of no layers
+    q = qj.calibrate(scanned, STACK, BATCHES, policy, observer=qj.absmax())
+    apart = qj.calibrate(scanned, STACK, BATCHES, "w8a8", observer=qj.absmax())
+    np.testing.assert_array_equal(q["kernel"].act_scale, apart["kernel"].act_scale.max())
+    got = jax.jit(qj.intercept(scanned))(q, BATCHES[0])
+    np.testing.assert_allclose(got, scanned(STACK, BATCHES[0]), atol=0.1)
 
 
 INDEXED = {
@@ -307,7 +316,7 @@ def test_going_on_from_a_saved_state_changes_no_bit(observer, tmp_path):
     policy = qj.preset("w8a8").resolve(STACK, qj.sites(scanned, STACK, BATCHES[0]))
     whole = qj.calibrate(scanned, STACK, BATCHES, "w8a8", observer=observer, on_batch=save)
     half = qj.load(tmp_path / "0.safetensors")
-    same(whole, qj.calibrate(scanned, STACK, BATCHES[1:], "w8a8", observer=observer, state=half))
+    same(whole, qj.calibrate(scanned, STACK, BATCHES[1:], policy, observer=observer, state=half))
     full = qj.load(tmp_path / "2.safetensors")
     same(whole, qj.calibrate(scanned, STACK, [], policy, observer=observer, state=full))
     assert sorted(full) == ["kernel"] and full["kernel"]["count"].tolist() == [3, 3, 3]
@@ -339,20 +348,19 @@ def test_compiles_once_for_each_shape():
     assert traces == 1 + 2  # for the sites, and for two sizes
 
 
-def test_sharded_inputs_and_parameters():
-    mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("data", "model"))
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_sharded_inputs_and_parameters(kind):
+    mesh = jax.make_mesh((2, 2), ("data", "model"), (kind, kind), devices=jax.devices()[:4])
     put = lambda x, *axes: jax.device_put(x, NamedSharding(mesh, PartitionSpec(*axes)))  # noqa: E731
-    params = {
-        "a": {"kernel": put(PARAMS["a"]["kernel"], None, "model")},
-        "b": {"kernel": put(PARAMS["b"]["kernel"])},
-    }
-    batches = [put(x, "data") for x in (BATCHES[0], BATCHES[2])]
+    apply = lambda p, x: jnp.tanh(x @ p["kernel"])  # noqa: E731
+    params, batches = {"kernel": put(normal(6, 8), None, "model")}, BATCHES[::2]
     for observer in (qj.absmax(), qj.percentile(99.9)):
-        got = qj.calibrate(mlp, params, batches, "w8a8", observer=observer)
-        alone = qj.calibrate(mlp, PARAMS, BATCHES[::2], "w8a8", observer=observer)
-        for name in "ab":
-            s = got[name]["kernel"].act_scale
-            np.testing.assert_allclose(s, alone[name]["kernel"].act_scale, rtol=1e-5)
+        with jax.set_mesh(mesh):
+            got = qj.calibrate(
+                apply, params, [put(x, "data") for x in batches], "w8a8", observer=observer
+            )
+        alone = qj.calibrate(apply, {"kernel": normal(6, 8)}, batches, "w8a8", observer=observer)
+        np.testing.assert_allclose(got["kernel"].act_scale, alone["kernel"].act_scale, rtol=1e-5)
 
 
 def test_a_table_that_is_only_looked_up_has_no_activation():
@@ -369,6 +377,15 @@ def test_a_table_that_is_only_looked_up_has_no_activation():
     assert set(scales(q)) == {"['head']['kernel']"}
     assert q["embed"]["embedding"].act is None and q["shift"]["table"].act is None
     assert qj.intercept(apply)(q, jnp.array([3, 8])).shape == (2, 3)
+
+
+def test_bfloat16_models_and_numpy_batches():
+    params = jax.tree.map(lambda w: w.astype(jnp.bfloat16), PARAMS)
+    batches = [np.asarray(x.astype(jnp.bfloat16)) for x in BATCHES]
+    q = qj.calibrate(mlp, params, batches, "w8a8", observer=qj.absmax())
+    largest = max(float(np.abs(x).max()) for x in batches)
+    assert q["a"]["kernel"].act_scale == np.float32(largest) * np.float32(1 / 127)
+    assert jax.jit(qj.intercept(mlp))(q, batches[0]).dtype == jnp.bfloat16
 
 
 def test_zeros_get_a_finite_scale():
