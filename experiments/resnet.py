@@ -105,9 +105,8 @@ def _ours(name: str, array: np.ndarray) -> tuple[tuple[str, ...], np.ndarray]:
     if leaf.startswith("running_"):
         return ("batch_stats", *modules, leaf.removeprefix("running_")), array
     if array.ndim > 1:
-        return ("params", *modules, "kernel"), array.T if array.ndim == 2 else array.transpose(
-            2, 3, 1, 0
-        )
+        layout = (2, 3, 1, 0) if array.ndim == 4 else (1, 0)
+        return ("params", *modules, "kernel"), array.transpose(layout)
     return ("params", *modules, "scale" if leaf == "weight" else leaf), array
 
 
