@@ -165,6 +165,7 @@ def _share(row: Mapping[str, Any]) -> str:
 NETWORKS = {
     "mnist": "article's CNN, MNIST",
     "fashion_mnist": "article's CNN, Fashion-MNIST",
+    "cifar10": "article's CNN, CIFAR-10",
     "resnet32": "ResNet-32, CIFAR-10",
 }
 
