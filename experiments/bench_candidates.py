@@ -38,8 +38,7 @@ def quantized_trees(case: Case) -> dict[str, Any]:
     """The parameters in every format, float32 first."""
     trees = {"float32": case.params}
     trees |= {name: qj.quantize(case.params, name) for name in POLICIES}
-    if hasattr(qj, "calibrate"):
-        trees["w8a8 static"] = qj.calibrate(case.apply, case.params, [case.args], "w8a8")
+    trees["w8a8 static"] = qj.calibrate(case.apply, case.params, [case.args], "w8a8")
     return trees
 
 

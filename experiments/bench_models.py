@@ -90,22 +90,27 @@ def _rotated(x: Float[Array, "b t h d"], start: int) -> Array:
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], -1)
 
 
-def transformer_params(width: int = WIDTH, vocabulary: int = VOCABULARY) -> dict:
+def transformer_params(
+    width: int = WIDTH, vocabulary: int = VOCABULARY, layers: int = LAYERS
+) -> dict:
     """Normal weights, of the deviation that keeps the size of activations."""
-    keys = iter(jax.random.split(jax.random.key(0), 6 * LAYERS + 1))
+    keys = iter(jax.random.split(jax.random.key(0), 6 * layers + 1))
     draw = lambda i, o: jax.random.normal(next(keys), (i, o)) / i**0.5  # noqa: E731
     shapes = dict.fromkeys(("query", "key", "value", "out"), (width, width))
     shapes |= {"up": (width, 4 * width), "down": (4 * width, width)}
     norm = {"scale": jnp.ones(width)}
     layer = lambda: {name: {"kernel": draw(*shape)} for name, shape in shapes.items()}  # noqa: E731
-    layers = [{**layer(), "norm1": norm, "norm2": norm} for _ in range(LAYERS)]
-    return {"embedding": draw(vocabulary, width), "layers": layers, "norm": norm}
+    return {
+        "embedding": draw(vocabulary, width),
+        "layers": [{**layer(), "norm1": norm, "norm2": norm} for _ in range(layers)],
+        "norm": norm,
+    }
 
 
-def empty_cache(width: int = WIDTH) -> list:
+def empty_cache(width: int = WIDTH, layers: int = LAYERS) -> list:
     """Of no tokens."""
     nothing = jnp.zeros((1, 0, HEADS, width // HEADS))
-    return [(nothing, nothing)] * LAYERS
+    return [(nothing, nothing)] * layers
 
 
 def _product(rows: int, side: int, *, from_memory: bool = False) -> Case:

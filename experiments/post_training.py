@@ -155,10 +155,10 @@ def quantized_rows(
     progress("8-bit activations")
     rules = fitting(policy("w8a8", qj.absmax()), params)
     rows.append(judge.row("w8a8", "dynamic", qj.quantize(params, rules), params))
-    if hasattr(qj, "calibrate"):
-        images = judge.data.normalize(judge.data.train_images[:IMAGES])
-        tree = qj.calibrate(judge.apply, params, jnp.split(images, 8), rules)
-        rows.append(judge.row("w8a8", "static", tree, params))
+    images = judge.data.normalize(judge.data.train_images[:IMAGES])
+    batches = [images[i : i + 256] for i in range(0, len(images), 256)]
+    tree = qj.calibrate(judge.apply, params, batches, rules)
+    rows.append(judge.row("w8a8", "static", tree, params))
     progress("printed rule")
     rows.append(judge.row("w8", "printed rule", literal_rule(params), params))
     return rows

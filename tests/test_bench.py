@@ -84,18 +84,18 @@ def test_compiling_is_timed_for_every_format():
 
 def test_decoding_a_token_continues_the_prompt():
     """The logits after t tokens are those after t - 1 and, with their cache, one more."""
-    width, vocabulary = 32, 16
-    params = bench_models.transformer_params(width, vocabulary)
+    width, vocabulary, layers = 32, 16, 2
+    params = bench_models.transformer_params(width, vocabulary, layers)
     tokens = jax.random.randint(jax.random.key(2), (1, 7), 0, vocabulary)
-    run = jax.jit(bench_models.transformer)
-    whole, found = run(params, tokens, bench_models.empty_cache(width))
-    _, cache = run(params, tokens[:, :-1], bench_models.empty_cache(width))
+    run, empty = jax.jit(bench_models.transformer), bench_models.empty_cache(width, layers)
+    whole, found = run(params, tokens, empty)
+    _, cache = run(params, tokens[:, :-1], empty)
     after, last = run(params, tokens[:, -1:], cache)
-    # Float32 sums in another order, six layers of values of size one.
+    # Float32 sums in another order, two layers of values of size one.
     np.testing.assert_allclose(after, whole, atol=1e-4)
     np.testing.assert_allclose(last[-1][0], found[-1][0][:, -1:], atol=1e-4)
     changed = tokens.at[0, 0].set((tokens[0, 0] + 1) % vocabulary)
-    other, _ = run(params, changed, bench_models.empty_cache(width))
+    other, _ = run(params, changed, empty)
     assert np.abs(other - whole).max() > 1e-3
 
 
