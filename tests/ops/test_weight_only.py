@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import quantjax as qj
 from quantjax.formats import Levels, e4m3, nf4
@@ -240,3 +242,18 @@ def test_it_exports_to_three_platforms_at_once():
     run = jax.jit(lambda x: small_batch_dot(x, q, numbers))
     data = jax.export.export(run, platforms=["cpu", "cuda", "tpu"])(x).serialize()
     np.testing.assert_allclose(jax.export.deserialize(data).call(x), run(x), rtol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("spec", [P(None, "d"), P("d", None)])
+def test_a_sharded_weight_is_multiplied_where_it_lies(spec, rows):
+    q = qj.quantize({"kernel": normal(512, 64)}, "w4g64")["kernel"]
+    numbers, x = (((1,), (0,)), ((), ())), normal(rows, 512)
+    run = jax.jit(lambda x, q: small_batch_dot(x, q, numbers))
+    mesh = Mesh(np.array(jax.devices()[:8]), ("d",))
+    sharded = jax.device_put(q, NamedSharding(mesh, spec))
+    compiled = run.lower(x, sharded).compile()
+    np.testing.assert_allclose(compiled(x, sharded), run(x, q), atol=1e-4)
+    # Blocks are slices of the first axis: where that is sharded, codes are gathered.
+    blocks_cut = rows > 2 and spec == P("d", None)
+    assert ("all-gather(" in compiled.as_text()) == blocks_cut
