@@ -5,7 +5,7 @@ product: the accuracy is float32's, and the gain is that memory is read as codes
 along the weight's first axis, where blocks are contiguous: if that axis is summed the products are
 added, if not they lie side by side. Integer codes come as planes (`quantjax.ops.codes`), every
 other format as it is dequantized. A weight that is sharded along that axis is gathered, as codes;
-along its columns it is multiplied where it lies."""
+along another it is multiplied where it lies."""
 
 import dataclasses
 import math
