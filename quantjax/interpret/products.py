@@ -16,19 +16,21 @@ from quantjax.interpret import jax_compat as compat
 from quantjax.interpret.gradients import trained_product
 from quantjax.interpret.param import Param, as_qtensor
 from quantjax.interpret.record import Place, Site, product
-from quantjax.interpret.rounded import Rounded, rounded_activation
+from quantjax.interpret.rounded import Rounded, keeps_floats, rounded_activation
 from quantjax.ops import (
     ConvParams,
     DimensionNumbers,
     Lowering,
     Pair,
     Plan,
+    fits_small_batch,
     plan_conv,
     plan_dot,
     plan_ragged_dot,
     quantized_conv,
     quantized_dot,
     quantized_ragged_dot,
+    small_batch_dot,
 )
 from quantjax.qtensor import QTensor
 
@@ -37,6 +39,7 @@ RAGGED_DOT = "ragged_dot_general"
 PRODUCTS = frozenset({DOT, CONV, RAGGED_DOT})
 DEQUANTIZED = "float, dequantized here"
 FAKE = "float, fake-quantized"
+FROM_CODES = "few rows, so on CPU from codes"
 
 
 def _originals(x: Param, dims: Sequence[int]) -> tuple[int, ...]:
@@ -143,16 +146,24 @@ def _quantized_dot(
     w = inputs[side]
     x, numbers = _in_leaf_axes(inputs[1 - side], w, side, summed, shared)
     q, out = w.value, eqn.outvars[0].aval
-    rows = math.prod(n for a, n in enumerate(x.shape) if a not in (*numbers[0][0], *numbers[1][0]))
+    if act is not None:
+        used = (*numbers[0][0], *numbers[1][0])
+        rows = math.prod(n for a, n in enumerate(x.shape) if a not in used)
+        plan = plan_dot(q, act.spec, numbers, rows)
+        lowering = str(plan)
+        if plan.lowering is not Lowering.FLOAT:
+            y = quantized_dot(x, q, act.given, act.spec, numbers)
+            return lowering, _in_view_axes(y, w, side, summed, shared, out)
+    else:
+        lowering = DEQUANTIZED
+    if not keeps_floats(eqn) and not fits_small_batch(x.shape, q, numbers):
+        y = small_batch_dot(x if act is None else act.fake(x, numbers[0][0]), q, numbers)
+        return f"{lowering}; {FROM_CODES}", _in_view_axes(y, w, side, summed, shared, out)
     if act is None:
-        return DEQUANTIZED, None
-    plan = plan_dot(q, act.spec, numbers, rows)
-    if plan.lowering is Lowering.FLOAT:
-        operands = [w.array(), w.array()]
-        operands[1 - side] = act.fake(inputs[1 - side], summed[1 - side])
-        return str(plan), compat.rebind(eqn, operands)[0]
-    y = quantized_dot(x, q, act.given, act.spec, numbers)
-    return str(plan), _in_view_axes(y, w, side, summed, shared).reshape(out.shape).astype(out.dtype)
+        return lowering, None
+    operands = [w.array(), w.array()]
+    operands[1 - side] = act.fake(inputs[1 - side], summed[1 - side])
+    return lowering, compat.rebind(eqn, operands)[0]
 
 
 def _in_leaf_axes(
@@ -177,8 +188,11 @@ def _in_leaf_axes(
     return x, (of(summed), of(shared))
 
 
-def _in_view_axes(y: jax.Array, w: Param, side: int, summed: Any, shared: Any) -> jax.Array:
-    """The product with the leaf, (batch, rows, free axes of the leaf), in the model's order."""
+def _in_view_axes(
+    y: jax.Array, w: Param, side: int, summed: Any, shared: Any, out: Any
+) -> jax.Array:
+    """The product with the leaf, (batch, rows, free axes of the leaf), as the model has it: `out`
+    gives shape and dtype."""
     dims = (*summed[side], *shared[side])
     used, batch = _originals(w, dims), _originals(w, shared[side])
     stored = [a for a in range(w.value.ndim) if a not in used]
@@ -187,7 +201,8 @@ def _in_view_axes(y: jax.Array, w: Param, side: int, summed: Any, shared: Any) -
     lead = y.ndim - len(stored)
     free = [lead + stored.index(a) for a in held]
     rows = list(range(len(batch), lead))
-    return jnp.transpose(y, [*range(len(batch)), *(free + rows if side == 0 else rows + free)])
+    y = jnp.transpose(y, [*range(len(batch)), *(free + rows if side == 0 else rows + free)])
+    return y.reshape(out.shape).astype(out.dtype)
 
 
 def convolution(machine: Any, eqn: Any, inputs: Sequence[Any], place: Place) -> list[Any] | None:

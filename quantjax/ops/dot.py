@@ -17,10 +17,11 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from quantjax.affine import Scales, codes_of, dequantize_array, scale_values
-from quantjax.blocks import counts, spread
+from quantjax.blocks import counts, sizes, spread
 from quantjax.formats import FloatFormat, IntFormat, Specials
 from quantjax.ops.activation import activation_codes, fake_activation
 from quantjax.ops.forms import DimensionNumbers
+from quantjax.ops.grouped import grouped_dot, grouped_pays
 from quantjax.ops.integer import integer_dot_general
 from quantjax.qtensor import QTensor
 from quantjax.spec import QuantSpec
@@ -30,6 +31,7 @@ class Lowering(enum.Enum):
     """How a product of two rounded operands is computed."""
 
     INTEGER = "int8 product"
+    GROUPS = "int8 products of groups"
     FP8 = "fp8 product"
     FLOAT = "float, both sides rounded"
 
@@ -57,7 +59,8 @@ def plan_dot(q: QTensor, act: QuantSpec, numbers: DimensionNumbers, rows: int) -
     blocks = counts(q.shape, q.block)
     if all(blocks[a] == 1 for a in cw):
         return Plan(Lowering.INTEGER)
-    return Plan(Lowering.FLOAT, "several scales along the sum")
+    reason = _no_groups(q, act, numbers, rows)
+    return Plan(Lowering.FLOAT, reason) if reason else Plan(Lowering.GROUPS)
 
 
 LONGEST = 2**16  # terms of 255 * 128 whose sum fits int32
@@ -74,6 +77,17 @@ def no_integers(q: QTensor, act: QuantSpec, terms: int) -> str:
     if isinstance(q.scale, QTensor):
         return "a quantized scale"
     return f"a sum of {terms} terms" if terms > LONGEST else ""
+
+
+def _no_groups(q: QTensor, act: QuantSpec, numbers: DimensionNumbers, rows: int) -> str:
+    (_, cw), (_, bw) = numbers
+    lead = len(bw)
+    if tuple(cw) != (lead,) or tuple(bw) != tuple(range(lead)) or not act.symmetric:
+        return "several scales along the sum"
+    groups = counts(q.shape, q.block)[lead]
+    if q.zero_point is not None or q.shape[lead] % groups:
+        return "several scales along the sum"
+    return "" if grouped_pays(rows, q.shape[lead] // groups) else "short groups along the sum"
 
 
 _FP8 = {
@@ -121,12 +135,16 @@ def quantized_dot(
     codes, scales = activation_codes(x, act, given, summed)
     if lowering is Lowering.FP8:
         y = _fp8_dot(codes, q, act, numbers)
+    elif lowering is Lowering.GROUPS:
+        y = _groups_dot(codes, q, lead)
     else:
         y = _integer_dot(codes, scales.zero_point, q, numbers).astype(jnp.float32)
     free = y.ndim - lead - 1
     s_x = scale_values(scales.scale)
     s_x = s_x.reshape(*s_x.shape[: lead + 1], *(1,) * free)
-    y = y * (s_x * (_along_output(scale_values(q.scale), q, numbers) * level_factor(q)))
+    if lowering is not Lowering.GROUPS:  # there they stand inside the sum
+        s_x = s_x * (_along_output(scale_values(q.scale), q, numbers) * level_factor(q))
+    y = y * s_x
     return y.reshape(*y.shape[:lead], *row_shape, *y.shape[lead + 1 :])
 
 
@@ -210,6 +228,16 @@ def _along_output(per_block: jax.Array, q: QTensor, numbers: DimensionNumbers) -
     free = [a for a in range(q.ndim) if a not in (*cw, *bw)]
     out = jnp.transpose(spread(per_block, q.shape, q.block), [*bw, *free, *cw])
     return out.reshape(*out.shape[: len(bw)], 1, *out.shape[len(bw) : len(bw) + len(free)])
+
+
+def _groups_dot(codes: jax.Array, q: QTensor, lead: int) -> jax.Array:
+    """The product without the scales of x, as (batch, rows, free axes)."""
+    w, scale = integer_codes(q)[0], scale_values(q.scale) * level_factor(q)
+    whole = tuple(1 if a == lead else b for a, b in enumerate(sizes(q.shape, q.block)))
+    scale = spread(scale, (*q.shape[:lead], scale.shape[lead], *q.shape[lead + 1 :]), whole)
+    scale = jnp.broadcast_to(scale, (*q.shape[:lead], scale.shape[lead], *q.shape[lead + 1 :]))
+    merged = (a.reshape(*a.shape[: lead + 1], -1) for a in (codes, w, scale))
+    return grouped_dot(*merged).reshape(*codes.shape[: lead + 1], *q.shape[lead + 1 :])
 
 
 def _fp8_dot(codes: jax.Array, q: QTensor, act: QuantSpec, numbers: DimensionNumbers) -> jax.Array:

@@ -57,7 +57,7 @@ def plan_conv(q: QTensor, act: QuantSpec, params: ConvParams, x_shape: tuple[int
     if reason:
         return Plan(Lowering.FLOAT, reason)
     slow = prefers_integers(x_shape, q.shape, **params._asdict())
-    return Plan(Lowering.INTEGER, f"on CPU float, {slow}" if slow else "")
+    return Plan(Lowering.INTEGER, "on CPU in float, which is faster here" if slow else "")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))

@@ -94,6 +94,18 @@ def test_batches_several_axes_and_transposed_weights(act):
     close(quantized_dot(x, q, None, act, numbers), x, q, act, (1, 3), numbers)
 
 
+@pytest.mark.parametrize("weight", ["w4g64", "w2g64", "w8g64"])
+def test_groups_along_the_sum(weight):
+    x, q = normal(3, 128), kernel(weight, 128, 10)
+    assert plan_dot(q, ACT, PLAIN, 3).lowering is Lowering.GROUPS
+    close(quantized_dot(x, q, None, ACT, PLAIN), x, q, ACT, (1,), PLAIN)
+    spec = qj.QuantSpec(format=qj.IntFormat(4), block=(2, 64, 1, 5))  # scales over heads, too
+    q, x, numbers = quantized(spec, 4, 128, 2, 5), normal(4, 3, 128), (((2,), (1,)), ((0,), (0,)))
+    close(quantized_dot(x, q, None, ACT, numbers), x, q, ACT, (2,), numbers)
+    asymmetric = ACTS["asymmetric"]
+    assert plan_dot(q, asymmetric, numbers, 3).lowering is Lowering.FLOAT
+
+
 @pytest.mark.parametrize("act", ACTS)
 def test_given_scales(act):
     """Static scales clip what lies beyond them, and are those of every row."""
@@ -183,6 +195,21 @@ def test_interception_means_the_same_however_the_model_writes_it(name, preset):
     # By its name the last axis of a kernel is the output; this model sums over it.
     across = name == "transposed" or "g" in preset
     assert site.lowering.startswith("float" if across else "int8 product")
+
+
+@pytest.mark.parametrize("preset", ["w8", "w4", "w4g64", "nf4", "w4g16a8", "mxfp8"])
+def test_few_rows_read_codes(preset):
+    """No float copy of the weight is made, and the result is that of the float product."""
+    q, x = qj.quantize({"kernel": normal(2048, 512, seed=1)}, preset), normal(1, 2048)
+    apply = lambda p, x: x @ p["kernel"]  # noqa: E731
+    act = q["kernel"].act
+    (site,) = intercept(apply).report(q, x).sites
+    assert "from codes" in site.lowering
+    rounded = x if act is None else fake_activation(x, act, None, (1,))
+    expected = apply(qj.dequantize(q), rounded)
+    np.testing.assert_allclose(intercept(apply)(q, x), expected, rtol=1e-5, atol=5e-4)
+    memory = jax.jit(intercept(apply)).lower(q, x).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 2048 * 512 * 4 / 2
 
 
 def test_highest_precision_keeps_the_activation():
