@@ -200,16 +200,16 @@ def test_interception_means_the_same_however_the_model_writes_it(name, preset):
 @pytest.mark.parametrize("preset", ["w8", "w4", "w4g64", "nf4", "w4g16a8", "mxfp8"])
 def test_few_rows_read_codes(preset):
     """No float copy of the weight is made, and the result is that of the float product."""
-    q, x = qj.quantize({"kernel": normal(2048, 512, seed=1)}, preset), normal(1, 2048)
+    q, x = qj.quantize({"kernel": normal(4096, 512, seed=1)}, preset), normal(1, 4096)
     apply = lambda p, x: x @ p["kernel"]  # noqa: E731
     act = q["kernel"].act
     (site,) = intercept(apply).report(q, x).sites
     assert "from codes" in site.lowering
     rounded = x if act is None else fake_activation(x, act, None, (1,))
     expected = apply(qj.dequantize(q), rounded)
-    np.testing.assert_allclose(intercept(apply)(q, x), expected, rtol=1e-5, atol=5e-4)
+    np.testing.assert_allclose(intercept(apply)(q, x), expected, rtol=1e-5, atol=1e-3)
     memory = jax.jit(intercept(apply)).lower(q, x).compile().memory_analysis()
-    assert memory.temp_size_in_bytes < 2048 * 512 * 4 / 2
+    assert memory.temp_size_in_bytes < 4096 * 512 * 4 / 2
 
 
 def test_highest_precision_keeps_the_activation():
