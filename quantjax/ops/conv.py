@@ -32,7 +32,8 @@ CPU_PATCHES, GPU_PATCHES = 2**20, 2**28
 # example) and scaling the output included: medians on two shared cores of an Intel Xeon with AMX
 # and VNNI, jaxlib 0.10.2. Times as fast as float:
 #   3x3, channels in to out    3 to 16: 0.7-1.8, 16 to 16: 0.5-0.8 (batch 1: 0.8-1.7), 32 to 32:
-#     0.7-1.0, 32 to 64: 1.1-3.5, 64 to 64: 1.2-2.1, 128 to 128: 1.6-4, 256 to 256: 2.3-8
+#     0.7-1.0, 32 to 64: 2.0-3.5 (in steps of 2: 0.9-1.4; batch 1: 0.2-0.6), 64 to 64: 1.2-2.4
+#     (8x8 at batch 1: 0.6-1.6), 128 to 128: 1.6-4, 256 to 256: 2.3-8
 #   7x7 in steps of 2, 3 to 64: 0.5-0.9; 16x16 patches, 3 to 384: 1.8-2.3; 4x4, 3 to 64: 0.4-0.9
 #   1x1    16 to 32: 0.1-0.6, 32 to 192: 0.4-0.7, 64 to 256: 0.7-1.3, 256 to 64: 1.5-4,
 #     256 to 1024: 1.6-8
@@ -41,9 +42,11 @@ CPU_PATCHES, GPU_PATCHES = 2**20, 2**28
 #   transposed, twice the size    2x2 64 to 32: 1.2-3, 3x3 64 to 32: 0.7-1.8, 4x4 128 to 64: 1.5-1.8
 #     (batch 1: 0.8), 4x4 256 to 128: 2.0-2.4 (batch 1: 0.8-0.9), 4x4 32 to 3: 0.6
 GAIN = 5.0  # how many integer multiply-adds take the time of a float one
-OUTPUT, INPUT = 50.0, 24.0  # to write one int32 and scale it; to quantize one input
-PATCH, THIN = 20.0, 60.0  # to copy one byte into a patch; the same in runs of less than 16 bytes
-ARRANGE = 12.0  # to copy one byte into the kernel of a transposed convolution, once for all places
+OUTPUT, INPUT = 50.0, 28.0  # to write one int32 and scale it; to quantize one input
+PATCH, THIN = 28.0, 60.0  # to copy one byte into a patch; the same in runs of less than 16 bytes
+# Once for all places: to copy a byte into the kernel of a transposed convolution; to start what
+# else there is to do, some 0.05 ms.
+ARRANGE, CALL = 12.0, 4e6
 
 Groups = tuple[int, int]  # of features, of the batch; one of them is 1
 
@@ -149,24 +152,28 @@ def prefers_integers(
     if (groups > 1 or len(size) > 2) and math.prod(size) > 1:
         return ""
     outputs //= groups
-    saved, arranged = math.prod(size) * channels * outputs, 0.0
+    saved, once = math.prod(size) * channels * outputs, CALL
+    batch, _, *lengths = (x_shape[a] for a in dimension_numbers.lhs_spec)
     if max(lhs_dilation) > 1:
         if {*window_strides, *rhs_dilation} != {1}:
             return "steps of more than one over holes"
-        batch, _, *lengths = (x_shape[a] for a in dimension_numbers.lhs_spec)
         axes = [phases(*axis) for axis in zip(lengths, size, padding, lhs_dilation, strict=True)]
         size, outputs = [axis.size for axis in axes], outputs * math.prod(lhs_dilation)
-        if is_known([batch, *lengths]):
-            arranged = math.prod(size) * channels * outputs / max(1, batch * math.prod(lengths))
+        once += math.prod(size) * channels * outputs * ARRANGE
+        places = tuple(lengths)
+    else:
+        padded = [n + low + high for n, (low, high) in zip(lengths, padding, strict=True)]
+        places = Window(tuple(size), tuple(window_strides), tuple(rhs_dilation)).places(padded)
     window = math.prod(size)
-    seen = min(window, math.prod(window_strides))  # how much of the input is new at each place
+    summed, seen = window * channels, min(window, math.prod(window_strides))
     patch = 0.0 if window == 1 else PATCH if channels >= 16 else THIN
-    cost = outputs * OUTPUT + window * channels * patch + channels * seen * INPUT
-    cost += arranged * ARRANGE
-    if saved - window * channels * outputs / GAIN > cost:
-        return ""
-    summed = window * channels
-    return f"a sum of {summed} to {outputs} outputs gains less than patches and scales cost"
+    gain = saved - summed * outputs / GAIN
+    gain -= outputs * OUTPUT + summed * patch + channels * seen * INPUT
+    if gain <= 0:
+        return f"a sum of {summed} to {outputs} outputs gains less than patches and scales cost"
+    if is_known([batch, *places]) and gain * groups * batch * math.prod(places) <= once:
+        return "too small to be worth more operations"
+    return ""
 
 
 # The primitive: a convolution of an input that is padded and dilated already.
