@@ -177,6 +177,19 @@ def test_integer_inference_agrees_with_the_training_forward(act):
     assert np.all(np.abs(np.asarray(trained) - np.asarray(served)) <= bound)
 
 
+def test_static_scales_of_calibrate_are_trained_through():
+    policy = qj.Policy([("*/kernel", QuantSpec(format=INT4, act=STATIC))])
+    like = qj.calibrate(mlp, PARAMS, [X, 2 * X], policy)
+    tree = prepare(PARAMS, like=like)
+    same(tree["a"]["kernel"].act_scale, like["a"]["kernel"].act_scale)
+    same(finalize(tree), like)
+    trained, served = intercept(mlp)(tree, X), intercept(mlp)(like, X)
+    # A hidden activation at a half may fall to either side: a step, times one row of w.
+    step = float(like["b"]["kernel"].act_scale * jnp.abs(PARAMS["b"]["kernel"]).max())
+    np.testing.assert_allclose(trained, served, atol=1.01 * step)
+    assert [s.act for s in intercept(mlp).report(tree, X).sites] == ["int8, static"] * 2
+
+
 def stacked(p, x):
     return lax.scan(lambda x, w: (jnp.tanh(x @ w["kernel"] + w["bias"]), None), x, p)[0]
 
