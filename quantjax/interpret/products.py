@@ -42,6 +42,11 @@ FAKE = "float, fake-quantized"
 FROM_CODES = "few rows, so on CPU from codes"
 
 
+# Compiled on its own: products of equal shapes, as the layers of a model have, are traced once, and
+# outside jit a product is one program.
+_compiled_dot = jax.jit(quantized_dot, static_argnums=(3, 4))
+
+
 def _originals(x: Param, dims: Sequence[int]) -> tuple[int, ...]:
     """Axes of the view as axes of the leaf."""
     return tuple(a for d in dims for a in x.axes[d])
@@ -152,7 +157,7 @@ def _quantized_dot(
         plan = plan_dot(q, act.spec, numbers, rows)
         lowering = str(plan)
         if plan.lowering is not Lowering.FLOAT:
-            y = quantized_dot(x, q, act.given, act.spec, numbers)
+            y = _compiled_dot(x, q, act.given, act.spec, numbers)
             return lowering, _in_view_axes(y, w, side, summed, shared, out)
     else:
         lowering = DEQUANTIZED
