@@ -17,6 +17,7 @@ from quantjax.formats import IntFormat
 from quantjax.ops.activation import activation_codes, fake_activation
 from quantjax.ops.conv import integer_conv, prefers_integers
 from quantjax.ops.dot import Lowering, Plan, integer_codes, level_factor, no_integers, nothing
+from quantjax.ops.patches import output_sums
 from quantjax.qtensor import QTensor
 from quantjax.spec import QuantSpec
 
@@ -98,7 +99,7 @@ def _integer_conv(x, q: QTensor, given, *, act: QuantSpec, params: ConvParams) -
         return values.reshape([-1 if a == axis else 1 for a in range(rank)])
 
     if zero is not None:
-        sums = placed(jnp.sum(w, numbers.rhs_spec[1:], dtype=jnp.int32), numbers.out_spec[1])
+        sums = placed(output_sums(w, numbers), numbers.out_spec[1])
         y = y - placed(zero.astype(jnp.int32), numbers.out_spec[0]) * sums
     s_w = spread(scale_values(q.scale), q.shape, q.block) if q.scale is not None else jnp.ones(1)
     s_w = placed(s_w * level_factor(q), numbers.out_spec[1])
