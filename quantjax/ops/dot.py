@@ -38,12 +38,19 @@ class Lowering(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The lowering of a product, and why it is not one of integers or of 8-bit floats."""
+    """The lowering of a product, and why it is not one of integers or of 8-bit floats.
+
+    on_cpu: why a CPU multiplies rounded floats all the same. `str` speaks of the platform that JAX
+    runs on by default.
+    """
 
     lowering: Lowering
     reason: str = ""
+    on_cpu: str = ""
 
     def __str__(self) -> str:
+        if self.on_cpu and jax.default_backend() == "cpu":
+            return f"{Lowering.FLOAT.value} on CPU: {self.on_cpu}"
         return f"{self.lowering.value}: {self.reason}" if self.reason else self.lowering.value
 
 
@@ -52,7 +59,7 @@ def plan_dot(q: QTensor, act: QuantSpec, numbers: DimensionNumbers, rows: int) -
     (_, cw), (_, bw) = numbers
     if isinstance(q.format, FloatFormat) and isinstance(act.format, FloatFormat):
         reason = _no_fp8(q, act, cw)
-        return Plan(Lowering.FLOAT, reason) if reason else Plan(Lowering.FP8)
+        return Plan(Lowering.FLOAT, reason) if reason else _FP8_PLAN
     reason = no_integers(q, act, math.prod(q.shape[a] for a in cw))
     if reason:
         return Plan(Lowering.FLOAT, reason)
@@ -90,6 +97,7 @@ def _no_groups(q: QTensor, act: QuantSpec, numbers: DimensionNumbers, rows: int)
     return "" if grouped_pays(rows, q.shape[lead] // groups) else "short groups along the sum"
 
 
+_FP8_PLAN = Plan(Lowering.FP8, on_cpu="it has no 8-bit floats")
 _FP8 = {
     FloatFormat(4, 3, Specials.NAN): jnp.float8_e4m3fn,
     FloatFormat(5, 2, Specials.IEEE): jnp.float8_e5m2,

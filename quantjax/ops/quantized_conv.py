@@ -40,8 +40,7 @@ class ConvParams(NamedTuple):
 
 
 def plan_conv(q: QTensor, act: QuantSpec, params: ConvParams, x_shape: tuple[int, ...]) -> Plan:
-    """What `quantized_conv` does for this kernel and activation; the reason of an INTEGER plan
-    is why a CPU computes it in float all the same."""
+    """What `quantized_conv` does for this kernel and activation."""
     _, *window = params.dimension_numbers.rhs_spec
     terms = 1
     for a in window:
@@ -58,7 +57,7 @@ def plan_conv(q: QTensor, act: QuantSpec, params: ConvParams, x_shape: tuple[int
     if reason:
         return Plan(Lowering.FLOAT, reason)
     slow = prefers_integers(x_shape, q.shape, **params._asdict())
-    return Plan(Lowering.INTEGER, "on CPU in float, which is faster here" if slow else "")
+    return Plan(Lowering.INTEGER, on_cpu="faster for this shape" if slow else "")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -75,7 +74,7 @@ def quantized_conv(
     Where the plan says so a CPU multiplies the rounded values as floats, other platforms in
     integers; the plan's lowering must not be FLOAT.
     """
-    slow = plan_conv(q, act, params, x.shape).reason
+    slow = plan_conv(q, act, params, x.shape).on_cpu
     in_integers = functools.partial(_integer_conv, act=act, params=params)
     if not slow:
         return in_integers(x, q, given)

@@ -112,8 +112,16 @@ def test_the_report_says_what_is_computed(transposed):
     view = (lambda w: jnp.transpose(w, (2, 3, 1, 0))) if transposed else (lambda w: w)
     apply = lambda p, x: convolve(x, view(p["w"]), **options)  # noqa: E731
     (site,) = intercept(apply).report({"w": q}, x).sites
-    assert site.lowering.startswith("int8 convolution")
+    assert site.lowering == "float, both sides rounded on CPU: faster for this shape"
     rounded = fake_activation(x, ACTS["examples"], None, (1, 2, 3))
     np.testing.assert_allclose(
         intercept(apply)({"w": q}, x), apply({"w": qj.dequantize(q)}, rounded), rtol=1e-5, atol=2e-5
     )
+
+
+def test_wide_layers_are_integers_on_cpu():
+    q = qj.quantize({"kernel": normal(3, 3, 64, 64)}, "w8a8")
+    apply = lambda p, x: convolve(x, p["kernel"], padding="SAME")  # noqa: E731
+    x = jax.ShapeDtypeStruct((32, 16, 16, 64), jnp.float32)
+    report = intercept(apply).report(q, x)
+    assert report.sites[0].lowering == "int8 convolution" and report.low_precision_share == 1
