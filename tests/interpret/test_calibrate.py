@@ -3,12 +3,10 @@
 import dataclasses
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -16,11 +14,9 @@ import quantjax as qj
 from quantjax.formats import e4m3
 from quantjax.spec import Granularity
 
+from .models import CASES, normal
+
 INT8 = qj.IntFormat(8)
-
-
-def normal(*shape: int, seed: int = 0) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
 def spec(**act) -> qj.QuantSpec:
@@ -246,55 +242,36 @@ def test_a_layer_that_never_runs_is_named():
         qj.calibrate(apply, STACK, BATCHES, "w8a8")
 
 
-class Block(nn.Module):
-    @nn.compact
-    def __call__(self, x, _):
-        y = nn.LayerNorm()(x)
-        x = x + nn.MultiHeadDotProductAttention(num_heads=2)(y, y)
-        return x + nn.Dense(16)(nn.gelu(nn.Dense(32)(nn.LayerNorm()(x)))), None
+MODELS = (
+    *("linen decoder", "nnx CNN", "plain experts"),
+    *("plain control flow", "plain stacked layers"),
+)
 
 
-class Decoder(nn.Module):
-    @nn.compact
-    def __call__(self, tokens):
-        embed = nn.Embed(30, 16, name="embed")
-        layers = nn.scan(
-            nn.remat(Block), variable_axes={"params": 0}, split_rngs={"params": True}, length=2
-        )
-        x, _ = layers(name="layers")(embed(tokens), None)
-        return embed.attend(x)
-
-
-def test_a_linen_decoder_of_any_length():
-    model, tokens = Decoder(), jnp.arange(14).reshape(2, 7)
-    params = model.init(jax.random.key(0), tokens)
-    q = qj.calibrate(model.apply, params, [tokens], "w8a8", observer=qj.absmax())
+@pytest.mark.parametrize("name", MODELS)
+def test_models_of_every_framework_get_a_scale_at_every_product(name):
+    case = CASES[name]()
+    q = qj.calibrate(case.apply, case.params, [case.x], "w8a8", observer=qj.absmax())
     found = scales(q)
-    assert len(found) == 7 and found["['params']['embed']['embedding']"].shape == ()
-    assert all(s.shape == (2,) for path, s in found.items() if "layers" in path)
-    other = jnp.arange(12).reshape(3, 4)
-    got, expected = jax.jit(qj.intercept(model.apply))(q, other), model.apply(params, other)
-    # Some 1 % for each of the ten products on the way, in turn or beside each other.
-    assert jnp.linalg.norm(got - expected) <= 0.1 * jnp.linalg.norm(expected)
-
-
-def test_an_nnx_convolution_net():
-    class Net(nnx.Module):
-        def __init__(self, rngs):
-            self.conv = nnx.Conv(3, 8, (3, 3), rngs=rngs)
-            self.head = nnx.Linear(8, 4, rngs=rngs)
-
-        def __call__(self, x):
-            return self.head(nnx.relu(self.conv(x)).mean((1, 2)))
-
-    graph, state = nnx.split(Net(nnx.Rngs(0)))
-    apply = lambda s, x: nnx.merge(graph, s)(x)  # noqa: E731
-    x = normal(2, 8, 8, 3)
-    q = qj.calibrate(apply, state, [x], "w8a8", observer=qj.absmax())
-    # The image as it is given: what pads it is not seen.
-    np.testing.assert_allclose(q["conv"]["kernel"].value.act_scale, jnp.abs(x).max() / 127)
-    got, expected = jax.jit(qj.intercept(apply))(q, x), apply(state, x)
+    assert len(found) == case.used
+    assert all(np.isfinite(s).all() and (s > 0).all() for s in found.values())
+    if name == "linen decoder":  # any batch and length
+        other = jnp.arange(6).reshape(3, 2)
+        assert jax.eval_shape(qj.intercept(case.apply), q, other).shape == (3, 2, 24)
+        assert {s.shape for path, s in found.items() if "layers" in path} == {(2,)}
+    got, expected = jax.jit(qj.intercept(case.apply))(q, case.x), case.apply(case.params, case.x)
+    # Some 1 % for each of up to ten products, in turn or beside each other.
     assert jnp.linalg.norm(got - expected) <= 0.05 * jnp.linalg.norm(expected)
+
+
+def test_the_image_is_observed_without_what_pads_it():
+    apply = lambda p, x: lax.conv(x, p["kernel"], (1, 1), "SAME")  # noqa: E731
+    x = normal(2, 3, 4, 4)
+    q = qj.calibrate(
+        apply, {"kernel": normal(4, 3, 3, 3)}, [x], "w8a8", observer=qj.percentile(60.0)
+    )
+    p = np.quantile(np.abs(np.asarray(x, np.float64)), 0.6)
+    np.testing.assert_allclose(q["kernel"].act_scale, p / 127, rtol=1e-5)
 
 
 def test_a_tree_quantized_before_keeps_its_codes():
@@ -308,7 +285,7 @@ def test_a_tree_quantized_before_keeps_its_codes():
     np.testing.assert_allclose(again["a"]["kernel"].act_scale, largest / 127, rtol=1e-6)
 
 
-@pytest.mark.parametrize("observer", OBSERVERS, ids=repr)
+@pytest.mark.parametrize("observer", OBSERVERS[2:], ids=repr)  # ema, percentile, mse
 def test_going_on_from_a_saved_state_changes_no_bit(observer, tmp_path):
     def save(i, state):
         qj.save(tmp_path / f"{i}.safetensors", state)
@@ -394,17 +371,18 @@ def test_zeros_get_a_finite_scale():
     assert jnp.isfinite(qj.intercept(mlp)(q, BATCHES[0])).all()
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_a_percentile_beats_absmax_where_one_activation_is_far_off(seed):
-    apply = lambda p, x: x @ p["kernel"]  # noqa: E731
-    params = {"kernel": normal(64, 16, seed=seed)}
-    batch = normal(256, 64, seed=seed + 10)
+def test_a_percentile_beats_absmax_where_one_activation_is_far_off():
+    apply = lambda p, xs: [x @ p[f"{i}"]["kernel"] for i, x in enumerate(xs)]  # noqa: E731
+    params = {f"{i}": {"kernel": normal(64, 16, seed=i)} for i in range(5)}
+    batch = [normal(256, 64, seed=i + 10) for i in range(5)]
+    outlier = [x.at[3, 5].set(100.0) for x in batch]
     errors = {}
     for observer in (qj.percentile(99.99), qj.absmax()):
-        q = qj.calibrate(apply, params, [batch.at[3, 5].set(100.0)], "w8a8", observer=observer)
-        y = qj.intercept(apply)(q, batch)
-        errors[observer] = float(jnp.linalg.norm(y - apply(params, batch)))
-    assert errors[qj.percentile(99.99)] < errors[qj.absmax()] / 4
+        q = qj.calibrate(apply, params, [outlier], "w8a8", observer=observer)
+        pairs = zip(jax.jit(qj.intercept(apply))(q, batch), apply(params, batch), strict=True)
+        errors[observer] = np.array([jnp.linalg.norm(y - e) for y, e in pairs])
+    # On all five seeds, and by far: absmax spends 20 times the range on one value.
+    assert (errors[qj.percentile(99.99)] < errors[qj.absmax()] / 4).all()
 
 
 BAD = {
