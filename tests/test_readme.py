@@ -1,10 +1,12 @@
 """Does the README say what the results say, and does its code run?"""
 
+import json
 import re
 
 import pytest
 
 from experiments.readme import ROOT, rendered
+from experiments.tables import article_markdown
 
 TEXT = (ROOT / "README.md").read_text()
 CODE = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
@@ -41,3 +43,13 @@ def test_its_code_runs(empty_folder):
     for block in CODE:
         exec(block, names)
     assert (empty_folder / "model.qj.safetensors").exists()
+
+
+def test_rows_on_activations_stand_apart_from_the_bits_of_weights():
+    payload = json.loads((ROOT / "experiments/results/article_mnist.json").read_text())
+    before = article_markdown(payload)[1]
+    like = next(row for row in payload["summary"]["rows"] if row["format"] == "w8")
+    payload["summary"]["rows"].append({**like, "format": "w8a8", "method": "static"})
+    added = [row for row in article_markdown(payload)[1] if row not in before]
+    size = f"{like['bytes']['mean'] / 1000:.0f}"
+    assert [row[:2] for row in added] == [("w8a8, static", size)] and added[0][2]
