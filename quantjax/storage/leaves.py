@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from quantjax.blocks import sizes
+from quantjax.fake_quantized import is_quantized
 from quantjax.formats import is_learned
 from quantjax.packing import packed_length
 from quantjax.qtensor import QTensor
@@ -114,8 +115,9 @@ def array_of(buffer: Buffer, data: np.ndarray) -> Any:
 
 
 def is_leaf(x: Any) -> bool:
-    """QTensors are leaves; so are None and empty containers, which would vanish otherwise."""
-    return x is None or isinstance(x, QTensor) or isinstance(x, dict | list | tuple) and not x
+    """QTensors are leaves, and so are FakeQuantized, to be refused, and None and empty containers,
+    which would vanish otherwise."""
+    return x is None or is_quantized(x) or isinstance(x, dict | list | tuple) and not x
 
 
 def skeleton(leaf: Any, name: str) -> Any:

@@ -372,7 +372,7 @@ def test_training_through_rounding_beats_rounding_after():
         assert through < 0.8 * after
 
 
-def test_bad_input():
+def test_bad_input(tmp_path):
     q = qj.quantize(PARAMS, "w4")
     tree = prepare(PARAMS, "w4a8")
     with pytest.raises(ValueError, match=r"a/kernel: is quantized already \(int4\)"):
@@ -397,6 +397,8 @@ def test_bad_input():
     with pytest.raises(ValueError, match="a/kernel: holds NaN or infinity"):
         bad = PARAMS | {"a": PARAMS["a"] | {"kernel": PARAMS["a"]["kernel"].at[0, 0].set(jnp.nan)}}
         prepare(bad, "w4")
+    with pytest.raises(ValueError, match="a/kernel: FakeQuantized.*expected an array, a QTensor"):
+        qj.save(tmp_path / "tree.safetensors", tree)
     with pytest.raises(ValueError, match="a quantized leaf outside the first argument"):
         intercept(lambda p, x: x @ p["kernel"])(tree, tree["a"]["kernel"])
     with pytest.raises(ValueError, match="uses none of its 2 quantized parameters"):
