@@ -5,6 +5,8 @@
 #     text_representation:
 #       extension: .py
 #       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -145,9 +147,13 @@ assert "float" in lowered["conv1/kernel"]
 # %%
 _, seen = model.apply(params, train_x[:512], capture_intermediates=True)
 seen = seen["intermediates"]
-inputs = {"conv1": train_x[:512]}
-for before, after in (("conv1", "conv2"), ("conv2", "fc"), ("fc", "head")):
-    inputs[after] = nn.relu(seen[before]["__call__"][0])
+hidden = {name: nn.relu(seen[name]["__call__"][0]) for name in ("conv1", "conv2", "fc")}
+inputs = {
+    "conv1": train_x[:512],
+    "conv2": nn.avg_pool(hidden["conv1"], (2, 2), strides=(2, 2)),
+    "fc": nn.avg_pool(hidden["conv2"], (2, 2), strides=(2, 2)),
+    "head": hidden["fc"],
+}
 
 figure, axes = plt.subplots(1, 4, figsize=(12, 2.6), layout="constrained")
 for axis, (name, values) in zip(axes, inputs.items(), strict=True):
