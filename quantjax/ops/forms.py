@@ -117,6 +117,10 @@ def _product(
     # A length that is not a number is a symbol of jax.export, and may be one.
     several = isinstance(count, int) and count > 1
     add_row = bool(shift) or axes != sorted(axes) or not several
+    # JAX pads no axis that an explicit mesh cuts; such rows are many.
+    sums_apart = None
+    if add_row and jax.typeof(x).sharding.spec[lead] is not None:
+        add_row, sums_apart = False, column_sums(w, ((cx, cw), (bx, bw)), 1)
     if add_row:
         one = x.dtype.type(1)
         x = lax.pad(x, one, [(0, int(a == lead), 0) for a in range(x.ndim)])
@@ -135,7 +139,22 @@ def _product(
         sums = lax.slice_in_dim(y, count, count + 1, axis=lead)
         y = lax.slice_in_dim(y, 0, count, axis=lead)
         y = y + np.int32(shift) * sums if shift else y
+    if sums_apart is not None:
+        y = (
+            y.reshape(*y.shape[: lead + 1], *sums_apart.shape[lead + 1 :])
+            + np.int32(shift) * sums_apart
+        )
     return y.reshape(out)
+
+
+def column_sums(
+    w: Int8[Array, "*w"], dimension_numbers: DimensionNumbers, rows: int
+) -> Int32[Array, "*sums"]:
+    """sum_k w_k, as it meets a product with so many axes of rows."""
+    (_, cw), (_, bw) = dimension_numbers
+    free, kept = _others(w.ndim, cw, bw), [a for a in range(w.ndim) if a not in cw]
+    sums = lax.transpose(jnp.sum(w, cw, dtype=jnp.int32), [kept.index(a) for a in (*bw, *free)])
+    return sums.reshape(*sums.shape[: len(bw)], *(1,) * rows, *sums.shape[len(bw) :])
 
 
 def signed_dot(

@@ -14,7 +14,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 from jaxtyping import Array, Int8, Int32
 
-from quantjax.ops.forms import FORMS, Codes, DimensionNumbers, flip, signed_dot
+from quantjax.ops.forms import FORMS, Codes, DimensionNumbers, column_sums, flip, signed_dot
 from quantjax.ops.probe import forced, probe
 
 integer_p = Primitive("integer_dot_general")
@@ -65,14 +65,9 @@ def _signed(
     """x w = (x - 128) w + 128 sum w, all products of signed codes."""
     if x.dtype == np.int8:
         return signed_dot(x, w, dimension_numbers)
-    (cx, cw), (bx, bw) = dimension_numbers
+    (cx, _), (bx, _) = dimension_numbers
     y = signed_dot(flip(x), w, dimension_numbers)
-    free = [a for a in range(w.ndim) if a not in (*cw, *bw)]
-    kept = [a for a in range(w.ndim) if a not in cw]
-    sums = jnp.transpose(jnp.sum(w, cw, dtype=jnp.int32), [kept.index(a) for a in (*bw, *free)])
-    rows = x.ndim - len(cx) - len(bx)
-    shape = (*sums.shape[: len(bw)], *(1,) * rows, *sums.shape[len(bw) :])
-    return y + 128 * sums.reshape(shape)
+    return y + 128 * column_sums(w, dimension_numbers, x.ndim - len(cx) - len(bx))
 
 
 def _lower_on_cpu(

@@ -149,3 +149,17 @@ def test_it_exports_for_any_number_of_rows(form):
     for n in (1, 3):
         x = jnp.asarray(as_type(X[0, :n], np.int8))
         np.testing.assert_array_equal(exported.call(x), exact(x, W[0], PLAIN))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_rows_that_an_explicit_mesh_cuts(form):
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    x = jnp.asarray(np.resize(X, (16, 70)))
+    with jax.set_mesh(mesh), force(form):
+        sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+        for w in (W[0], W[0][:, :1]):
+            got = jax.jit(integer_dot_general, static_argnums=2)(
+                jax.device_put(x, sharding), jnp.asarray(w), PLAIN
+            )
+            assert got.sharding.spec[0] == "data"
+            np.testing.assert_array_equal(got, np.asarray(x, np.int64) @ w)
