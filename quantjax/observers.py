@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 
 from quantjax.blocks import Blocked
 from quantjax.formats import Format, IntFormat
+from quantjax.quantile import quantile
 from quantjax.scales import HUGE, TINY, inverse, scale_of_range
 
 Range = tuple[Float[Array, "*b"], Float[Array, "*b"]]
@@ -151,16 +152,10 @@ class _Percentile:
 
     def update(self, state: Any, x: Blocked, grid: Grid, weights: Any = None) -> Any:
         values = jnp.abs(x.values) if grid.symmetric else x.values
-        # NaN marks the places that are no elements; elements that are not finite must not pass.
-        poison = _poison(x)
-        if x.valid is not None:
-            values = jnp.where(x.valid, values, np.float32(np.nan))
-        take = jnp.quantile if x.valid is None else jnp.nanquantile
-        axes = x.axes or None
+        poison = _poison(x)  # elements that are not finite must not pass
 
         def at(q: float) -> jax.Array:
-            # A float32 q, so that the result is float32 where 64 bits are enabled too.
-            return (values if axes is None else take(values, np.float32(q), axis=axes)) + poison
+            return (quantile(values, q, x.axes, x.valid) if x.axes else values) + poison
 
         high = at(self.q / 100)
         low = -high if grid.symmetric else at(1 - self.q / 100)
