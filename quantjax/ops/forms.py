@@ -30,7 +30,7 @@ DimensionNumbers = tuple[Pair, Pair]  # (summed axes, batch axes) of both operan
 Codes = Int8[Array, "*x"] | UInt8[Array, "*x"]
 
 # float32 holds every integer up to 2^24; 128 * 128 * 1024 is that, 255 * 128 * 512 is below.
-_EXACT = {np.dtype(np.int8): 1024, np.dtype(np.uint8): 512}
+EXACT = {np.dtype(np.int8): 1024, np.dtype(np.uint8): 512}
 
 
 def flip(x: Codes) -> Codes:
@@ -61,7 +61,7 @@ def u8s8(x: Codes, w: Int8[Array, "*w"], dimension_numbers: DimensionNumbers) ->
 def float32(x: Codes, w: Int8[Array, "*w"], dimension_numbers: DimensionNumbers) -> jax.Array:
     """The product in float32, in parts of the sum that are exact."""
     (cx, cw), (bx, bw) = dimension_numbers
-    exact, lead = _EXACT[np.dtype(x.dtype)], len(bx)
+    exact, lead = EXACT[np.dtype(x.dtype)], len(bx)
     rows, free = _others(x.ndim, cx, bx), _others(w.ndim, cw, bw)
     out = _lengths(x, bx) + _lengths(x, rows) + _lengths(w, free)
     length = math.prod(_lengths(x, cx))

@@ -1,21 +1,27 @@
 """The exact product of 8-bit codes, in the form that is fast where it runs.
 
-One primitive. On CPU its lowering rule asks `quantjax.ops.probe` which form to emit; elsewhere it
-is int8 x int8, which the tensor cores of GPUs and TPUs have. So one traced function serves every
-platform, and may be exported for all of them at once."""
+One primitive. On CPU a row or two of x meet a large weight vector by vector
+(`quantjax.ops.vector`), and for others its lowering rule asks `quantjax.ops.probe` which form to
+emit; elsewhere it is int8 x int8, which the tensor cores of GPUs and TPUs have. So one traced
+function serves every platform, and may be exported for all of them at once."""
 
 import functools
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 from jaxtyping import Array, Int8, Int32
 
 from quantjax.ops.forms import FORMS, Codes, DimensionNumbers, column_sums, flip, signed_dot
 from quantjax.ops.probe import forced, probe
+from quantjax.ops.thresholds import VECTOR_CODES, VECTOR_ROWS
+from quantjax.ops.vector import count_code_terms, integer_vector_dot
 
 integer_p = Primitive("integer_dot_general")
 
@@ -70,10 +76,36 @@ def _signed(
     return y + 128 * column_sums(w, dimension_numbers, x.ndim - len(cx) - len(bx))
 
 
+def _fits_vectors(avals: Sequence[Any], dimension_numbers: DimensionNumbers) -> bool:
+    """Whether x has so few rows, and w so many codes, that to lay w out for a product costs more
+    than the product. Summed over its last axes w lies right as it is, and what an explicit mesh
+    cuts is left alone."""
+    (x, w), ((cx, cw), (bx, _)) = avals, dimension_numbers
+    numbers = all(isinstance(n, int) for n in (*x.shape, *w.shape))  # no symbols of jax.export
+    cut = any(axis is not None for a in (x, w) for axis in a.sharding.spec)
+    leading = cw and sorted(cw) == list(range(len(cw))) and len(cw) < w.ndim
+    if bx or cut or not leading or not numbers or math.prod(w.shape) < VECTOR_CODES:
+        return False
+    rows = math.prod(n for a, n in enumerate(x.shape) if a not in cx)
+    return 0 < rows <= VECTOR_ROWS and count_code_terms(math.prod(x.shape[a] for a in cx)) > 0
+
+
+def _by_vectors(x: jax.Array, w: jax.Array, dimension_numbers: DimensionNumbers) -> jax.Array:
+    (cx, cw), _ = dimension_numbers
+    order = sorted(range(len(cw)), key=lambda i: cw[i])
+    rows = [a for a in range(x.ndim) if a not in cx]
+    out = (*(x.shape[a] for a in rows), *w.shape[len(cw) :])
+    length = math.prod(x.shape[a] for a in cx)
+    x_MK = lax.transpose(x, [*rows, *(cx[i] for i in order)]).reshape(-1, length)
+    w_KN = w.reshape(length, -1)
+    return jnp.stack([integer_vector_dot(x_K, w_KN) for x_K in x_MK]).reshape(out)
+
+
 def _lower_on_cpu(
     ctx: Any, x: Any, w: Any, *, dimension_numbers: DimensionNumbers, form: str | None
 ) -> Any:
-    product = FORMS[form or probe().form]
+    vectors = form is None and _fits_vectors(ctx.avals_in, dimension_numbers)
+    product = _by_vectors if vectors else FORMS[form or probe().form]
 
     def chosen(x: jax.Array, w: jax.Array) -> jax.Array:
         return product(x, w, dimension_numbers)

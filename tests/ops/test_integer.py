@@ -69,6 +69,49 @@ def test_sums_are_exact(name, dtype):
         np.testing.assert_array_equal(y, expected, err_msg=form)
 
 
+LONG = RNG.integers(250, 256, (3, 2, 560)).astype(np.uint8)  # sums float32 would round
+TALL = RNG.integers(-128, -120, (2, 560, 5)).astype(np.int8)
+LONG[0], TALL[0, :, 0] = 255, -128  # the largest sums
+VECTORS = {
+    "a row": (LONG[0, :1], TALL[0], PLAIN),
+    "two rows in other axes": (LONG[:1].T, TALL[0], (((0,), (0,)), ((), ()))),
+    "a vector": (LONG[0, 0], TALL[0], (((0,), (0,)), ((), ()))),
+    "two sums, in another order": (LONG[:2].T, TALL, (((0, 2), (1, 0)), ((), ()))),
+    "several columns": (LONG[0], TALL[0].reshape(560, 5, 1), PLAIN),
+    "exactly as many as are exact": (LONG[0, :, :512], TALL[0, :512], PLAIN),
+}
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8])
+@pytest.mark.parametrize("name", VECTORS)
+def test_few_rows_go_vector_by_vector_exactly(name, dtype, monkeypatch):
+    monkeypatch.setattr(integer, "VECTOR_CODES", 0)
+    x, w, numbers = VECTORS[name]
+    x, w = jnp.asarray(as_type(x, dtype)), jnp.asarray(w)
+    run = jax.jit(lambda x, w: integer_dot_general(x, w, numbers))
+    text = run.lower(x, w).as_text()
+    assert "i32" in text and not re.search(r"dot_general .*xi8>", text)
+    np.testing.assert_array_equal(run(x, w), exact(x, w, numbers))
+
+
+def test_which_products_go_vector_by_vector(monkeypatch):
+    monkeypatch.setattr(integer, "probe", lambda: Probe("s8s8"))
+
+    def vectors(x, w, numbers=PLAIN):
+        run = jax.jit(lambda x, w: integer_dot_general(x, w, numbers))
+        text = run.lower(*(jax.ShapeDtypeStruct(shape, jnp.int8) for shape in (x, w))).as_text()
+        return not re.search(r"dot_general .*xi8>", text)
+
+    assert vectors((2, 2048), (2048, 1024))
+    assert not vectors((3, 2048), (2048, 1024))
+    assert not vectors((2, 2048), (2048, 1016))  # a small weight
+    assert not vectors((2, 2047), (2047, 1032))  # no terms divide the sum
+    assert not vectors((2, 2048), (1024, 2048), (((1,), (1,)), ((), ())))
+    assert not vectors((1, 2, 2048), (1, 2048, 1024), BATCHED)
+    with force("s8s8"):
+        assert not vectors((2, 2048), (2048, 1024))
+
+
 def operands(x):
     """The types of the one product in the lowered program, with its rows."""
     text = jax.jit(lambda x, w: integer_dot_general(x, w, PLAIN)).lower(x, W[0]).as_text()
