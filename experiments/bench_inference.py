@@ -126,6 +126,31 @@ def compile_seconds(case: Case, rounds: int = 5) -> list[dict[str, Any]]:
     ]
 
 
+def stacked_memory(layers: int = 12, width: int = 1024, rows: int = 32) -> dict[str, Any]:
+    """Temporary bytes of a scanned model on 8-bit weights, as the compiler counts them, beside one
+    layer's floats and beside those of dequantizing the tree first."""
+    params = {"kernel": jax.random.normal(jax.random.key(0), (layers, width, width))}
+    x = jax.ShapeDtypeStruct((rows, width), np.float32)
+
+    def apply(params: Any, x: jax.Array) -> jax.Array:
+        return jax.lax.scan(lambda x, w: (jax.nn.relu(x @ w), None), x, params["kernel"])[0]
+
+    tree = qj.quantize(params, "w8", sites=qj.sites(apply, params, x))
+
+    def temporary(run: Callable) -> int:
+        memory = jax.jit(run).lower(tree, x).compile().memory_analysis()
+        assert memory is not None, f"{jax.default_backend()} does not count memory"
+        return memory.temp_size_in_bytes
+
+    found = temporary(qj.intercept(apply))
+    layer = 4 * width * width
+    if found > 1.5 * layer:
+        raise AssertionError(f"{layers} stacked layers take {found} bytes, one has {layer}.")
+    whole = temporary(lambda tree, x: apply(qj.dequantize(tree), x))
+    sizes = {"one_layer_bytes": layer, "intercepted_bytes": found, "dequantized_bytes": whole}
+    return {"layers": layers, "width": width, "rows": rows, **sizes}
+
+
 def main(config: Config) -> None:
     """Measures the cases asked for; prints the table; writes the JSON."""
     names = [n for n in CASES if any(fnmatch.fnmatch(n, pattern) for pattern in config.cases)]
@@ -141,6 +166,7 @@ def main(config: Config) -> None:
     payload["limits"] = limits = hardware_limits()
     if jax.default_backend() == "cpu":
         payload["integer_product"] = str(probe())
+    payload["stacked"] = stacked_memory()
     payload["rows"], payload["compile"] = [], []
     console = Console(stderr=True)
     for name in names:
