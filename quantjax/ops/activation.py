@@ -26,6 +26,7 @@ def activation_block(rank: int, act: QuantSpec, summed: Sequence[int]) -> Block:
     """Which elements of an activation share a scale: all (TENSOR), or those that one output sums
     over: a row of a dot, an example of a convolution.
 
+    >>> from quantjax import IntFormat
     >>> activation_block(3, QuantSpec(format=IntFormat(8)), [2])
     (1, 1, None)
     """

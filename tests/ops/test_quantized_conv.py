@@ -55,9 +55,16 @@ def case(name: str):
     return x, q, params_of(x, qj.dequantize(q), options), options
 
 
-@pytest.mark.parametrize("static", [False, True])
-@pytest.mark.parametrize("act", ACTS)
-@pytest.mark.parametrize("name", LAYERS)
+# A third of all on every run, in which each layer meets two activations or three.
+CASES = [
+    pytest.param(name, act, static, marks=() if (i + j + k) % 3 == 0 else pytest.mark.full)
+    for i, name in enumerate(LAYERS)
+    for j, act in enumerate(ACTS)
+    for k, static in enumerate((False, True))
+]
+
+
+@pytest.mark.parametrize("name, act, static", CASES)
 def test_equal_to_the_rounded_values(name, act, static):
     """Borders too: the reference pads the rounded image with 0, whose code is the zero point.
 
