@@ -57,7 +57,7 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("name", SPECS)
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.full)])
 def test_training_sees_what_is_stored(name, dtype, key):
     """The forward pass is that of fake_quantize, and finalize stores its weights, bit for bit."""
     policy = qj.Policy([("*/kernel", SPECS[name])])
