@@ -23,14 +23,14 @@ from quantjax.ops import (
     Lowering,
     Pair,
     Plan,
-    fits_small_batch,
+    fits_weight_only,
     plan_conv,
     plan_dot,
     plan_ragged_dot,
     quantized_conv,
     quantized_dot,
     quantized_ragged_dot,
-    small_batch_dot,
+    weight_only_dot,
 )
 from quantjax.qtensor import QTensor
 
@@ -39,7 +39,7 @@ RAGGED_DOT = "ragged_dot_general"
 PRODUCTS = frozenset({DOT, CONV, RAGGED_DOT})
 DEQUANTIZED = "float, dequantized here"
 FAKE = "float, fake-quantized"
-FROM_CODES = "few rows, so on CPU from codes"
+FROM_CODES = "on CPU from codes where that is faster"
 
 
 # Compiled on its own: products of equal shapes, as the layers of a model have, are traced once, and
@@ -112,7 +112,7 @@ def _bound(eqn: Any, inputs: Sequence[Any]) -> list[Any]:
 
 
 def dot(machine: Any, eqn: Any, inputs: Sequence[Any], place: Place) -> list[Any]:
-    """dot_general: in integers where both sides are, from the codes where x has few rows, else
+    """dot_general: in integers where both sides are, from the codes where that is faster, else
     on dequantized weights."""
     (summed, shared), out = eqn.params["dimension_numbers"], eqn.outvars[0].aval
     lowering, act, result = DEQUANTIZED, None, None
@@ -161,8 +161,8 @@ def _quantized_dot(
             return lowering, _in_view_axes(y, w, side, summed, shared, out)
     else:
         lowering = DEQUANTIZED
-    if not keeps_floats(eqn) and not fits_small_batch(x.shape, q, numbers):
-        y = small_batch_dot(x if act is None else act.fake(x, numbers[0][0]), q, numbers)
+    if not keeps_floats(eqn) and not fits_weight_only(x, q, numbers):
+        y = weight_only_dot(x if act is None else act.fake(x, numbers[0][0]), q, numbers)
         return f"{lowering}; {FROM_CODES}", _in_view_axes(y, w, side, summed, shared, out)
     if act is None:
         return lowering, None

@@ -10,7 +10,7 @@ from quantjax.ops.integer import integer_dot_general
 from quantjax.ops.probe import Probe, force, probe
 from quantjax.ops.quantized_conv import ConvParams, plan_conv, quantized_conv
 from quantjax.ops.ragged import plan_ragged_dot, quantized_ragged_dot
-from quantjax.ops.weight_only import fits_small_batch, small_batch_dot
+from quantjax.ops.weight_only import fits_weight_only, weight_only_dot
 
 __all__ = [
     "Backward",
@@ -23,7 +23,7 @@ __all__ = [
     "Probe",
     "activation_codes",
     "fake_activation",
-    "fits_small_batch",
+    "fits_weight_only",
     "force",
     "grouped_dot",
     "grouped_pays",
@@ -37,6 +37,6 @@ __all__ = [
     "quantized_conv",
     "quantized_dot",
     "quantized_ragged_dot",
-    "small_batch_dot",
+    "weight_only_dot",
     "with_rounded_gradients",
 ]

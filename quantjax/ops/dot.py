@@ -151,7 +151,7 @@ def quantized_dot(
     s_x = scale_values(scales.scale)
     s_x = s_x.reshape(*s_x.shape[: lead + 1], *(1,) * free)
     if lowering is not Lowering.GROUPS:  # there they stand inside the sum
-        s_x = s_x * (_along_output(scale_values(q.scale), q, numbers) * level_factor(q))
+        s_x = s_x * (along_output(scale_values(q.scale), q, numbers) * level_factor(q))
     y = y * s_x
     return y.reshape(*y.shape[:lead], *row_shape, *y.shape[lead + 1 :])
 
@@ -219,7 +219,7 @@ def _integer_dot(codes, zero_x, q: QTensor, numbers: DimensionNumbers) -> jax.Ar
         z_x = z_x.reshape(*z_x.shape[: lead + 1], *(1,) * free)
         y = y - z_x * sums
     if zero_w is not None:
-        z_w = zero_w if isinstance(zero_w, int) else _along_output(zero_w, q, numbers)
+        z_w = zero_w if isinstance(zero_w, int) else along_output(zero_w, q, numbers)
         total = jnp.sum(codes, summed, dtype=jnp.int32)
         total = total.reshape(*total.shape, *(1,) * free)
         if z_x is not None:
@@ -228,7 +228,7 @@ def _integer_dot(codes, zero_x, q: QTensor, numbers: DimensionNumbers) -> jax.Ar
     return y
 
 
-def _along_output(per_block: jax.Array, q: QTensor, numbers: DimensionNumbers) -> jax.Array:
+def along_output(per_block: jax.Array, q: QTensor, numbers: DimensionNumbers) -> jax.Array:
     """One value per block of q, constant along the sum, as it multiplies (batch, rows, free)."""
     (_, cw), (_, bw) = numbers
     if not per_block.ndim:

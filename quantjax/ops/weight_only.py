@@ -1,13 +1,12 @@
-"""A float activation times a quantized weight at small batch, where reading the weight is the cost.
+"""A float activation times a quantized weight, in the form that is fast where it runs.
 
 On CPU the weight is read as codes and no float copy of it is made: one row by `vector_dot` where it
-serves, else by `blocked_dot`; both in float32. Elsewhere the weight is dequantized, which
-compilers fuse into the product."""
+serves, a few by `blocked_dot`, both in float32, and many by `digits_dot`, where integers are fast
+enough. Elsewhere the weight is dequantized, which compilers fuse into the product."""
 
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -19,11 +18,13 @@ from jaxtyping import Array, Float
 
 from quantjax.affine import dequantize_array
 from quantjax.ops.blocked import blocked_dot, fits_blocks
+from quantjax.ops.digits import digits_dot, digits_pay, no_digits
 from quantjax.ops.forms import DimensionNumbers
 from quantjax.ops.thresholds import (
     BLOCK_ROWS,
     CACHED_ROWS,
     CACHED_WEIGHT,
+    DIGIT_ROWS,
     SMALL_WEIGHT,
     VECTOR_ROWS,
 )
@@ -31,17 +32,18 @@ from quantjax.ops.vector import count_terms, vector_dot
 from quantjax.qtensor import QTensor
 
 
-def fits_small_batch(
-    x_shape: Sequence[Any], q: QTensor, dimension_numbers: DimensionNumbers
+def fits_weight_only(
+    x: jax.Array | jax.ShapeDtypeStruct, q: QTensor, dimension_numbers: DimensionNumbers
 ) -> str:
-    """Why `small_batch_dot` does not serve x of this shape, or would not be faster than to
-    dequantize and multiply; empty if it serves.
+    """Why `weight_only_dot` does not serve x of this shape and dtype, or would not be faster than
+    to dequantize and multiply; empty if it serves.
 
     It serves every format where q is summed over its first or its last axes, without batch axes,
-    up to a measured number of rows of x (`quantjax.ops.thresholds`).
+    up to a measured number of rows of x (`quantjax.ops.thresholds`); and any number in float32
+    where `digits_dot` serves.
     """
     (cx, cw), (bx, _) = dimension_numbers
-    rows = math.prod(n for a, n in enumerate(x_shape) if a not in cx)
+    rows = math.prod(n for a, n in enumerate(x.shape) if a not in cx)
     axes, first = tuple(sorted(cw)), tuple(range(len(cw)))
     if bx:
         return "batch axes"
@@ -51,11 +53,14 @@ def fits_small_batch(
         return "a weight that is summed away"
     if q.size < SMALL_WEIGHT:
         return f"a small weight ({q.size} < {SMALL_WEIGHT})"
-    most = CACHED_ROWS if q.size < CACHED_WEIGHT else BLOCK_ROWS
     if not isinstance(rows, int):
         return "a number of rows that is not known"  # a symbol of jax.export
-    if rows > most:
-        return f"many rows ({rows} > {most})"
+    if rows > _most_rows(q):
+        many = f"many rows ({rows} > {_most_rows(q)})"
+        if x.dtype != np.float32 or q.dtype != np.float32:
+            return f"{many} in {x.dtype} times {q.dtype}"
+        if why := no_digits(q, axes):
+            return f"{many} with {why}"
     if q.codebook is not None and q.codebook.ndim > 1:
         return "a codebook for each layer"
     if not fits_blocks(q, axes):
@@ -63,7 +68,12 @@ def fits_small_batch(
     return ""
 
 
-def small_batch_dot(
+def _most_rows(q: QTensor) -> int:
+    """How many rows of x may meet blocks of q."""
+    return CACHED_ROWS if q.size < CACHED_WEIGHT else BLOCK_ROWS
+
+
+def weight_only_dot(
     x: Float[Array, "*x"], q: QTensor, dimension_numbers: DimensionNumbers
 ) -> Float[Array, "*y"]:
     """`lax.dot_general(x, dequantize(q), dimension_numbers)` in float32, from the codes of q.
@@ -71,11 +81,13 @@ def small_batch_dot(
     The values of q are those of float32, whatever its dtype, so a sum of n terms is off by no
     more than a float32 product of these values is: |y - y_exact| <= (n + 4) 2^-24 sum_k |x_k w_k|.
     A level is exact and takes one rounding with x; n - 1 follow in the sum, in any order; scaling
-    the sum of a group takes one, and the scale itself, where quantized, two.
+    the sum of a group takes one, and the scale itself, where quantized, two. Many rows may come
+    with the bound of `digits_dot` instead, which is by max |x| of the row and smaller where its
+    values are of one size and the sum is long.
 
     NaN and infinity do what they do in the float product; but as the scale may come after the sum,
     the largest |x| that does not overflow is 128 times smaller. The gradient is that of the float
-    product in x; none reaches q. `fits_small_batch` must be empty.
+    product in x; none reaches q. `fits_weight_only` must be empty.
     """
     (cx, cw), _ = dimension_numbers
     order = sorted(range(len(cw)), key=lambda i: cw[i])
@@ -123,7 +135,7 @@ def _mapped(numbers: DimensionNumbers) -> Any:
             axes = jax.tree.map(lambda b: 0 if b else None, tuple(batched))
             return jax.vmap(lambda x, q: _floats(x, q, numbers), axes)(x, q), True
         later = ((tuple(a + 1 for a in cx), cw), ((), ()))
-        serves = not fits_small_batch(x.shape, q, later)
+        serves = not fits_weight_only(x, q, later)
         return (_mapped(later)(x, q) if serves else _floats(x, q, later)), True
 
     return dot
@@ -147,8 +159,34 @@ def _from_codes(x: jax.Array, q: QTensor, numbers: DimensionNumbers) -> jax.Arra
     shape = tuple(x.shape[a] for a in rows)
     x = lax.transpose(x.astype(jnp.float32), [*rows, *cx])
     x = x.reshape(math.prod(shape), *x.shape[len(rows) :])
-    if 0 < len(x) <= VECTOR_ROWS and count_terms(q, axes):
-        y = jnp.stack([vector_dot(row, q, axes) for row in x])
+    least = DIGIT_ROWS if q.size < CACHED_WEIGHT else 2 * DIGIT_ROWS
+    if len(x) < least or no_digits(q, axes) or _is_cut(x, q):
+        y = _in_floats(x, q, axes)
     else:
-        y = blocked_dot(x, q, axes)
+        # The first condition is a constant to the compiler, so one way alone is compiled.
+        by_digits = functools.partial(_finite_or_blocks, axes=axes)
+        y = lax.cond(digits_pay(), by_digits, lambda x, q: _in_floats(x, q, axes), x, q)
     return y.reshape(*shape, *y.shape[1:])
+
+
+def _is_cut(x: jax.Array, q: QTensor) -> bool:
+    """Whether an explicit mesh cuts an operand."""
+    return any(cut is not None for a in (x, q.qvalue) for cut in jax.typeof(a).sharding.spec)
+
+
+def _finite_or_blocks(x: jax.Array, q: QTensor, axes: tuple[int, ...]) -> jax.Array:
+    def digits(x: jax.Array, q: QTensor) -> jax.Array:
+        return digits_dot(x, q, axes)
+
+    def blocks(x: jax.Array, q: QTensor) -> jax.Array:
+        return blocked_dot(x, q, axes)
+
+    return lax.cond(jnp.all(jnp.isfinite(x)), digits, blocks, x, q)
+
+
+def _in_floats(x: jax.Array, q: QTensor, axes: tuple[int, ...]) -> jax.Array:
+    if len(x) > _most_rows(q):
+        return _floats(x, q, ((tuple(range(1, x.ndim)), axes), ((), ())))
+    if 0 < len(x) <= VECTOR_ROWS and count_terms(q, axes):
+        return jnp.stack([vector_dot(row, q, axes) for row in x])
+    return blocked_dot(x, q, axes)
