@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from quantjax.affine import dequantize_array
 from quantjax.ops.blocked import blocked_dot, fits_blocks
-from quantjax.ops.digits import digits_dot, digits_pay, no_digits
+from quantjax.ops.digits import digits_dot, digits_pay, no_digits, row_largest
 from quantjax.ops.forms import DimensionNumbers
 from quantjax.ops.thresholds import (
     BLOCK_ROWS,
@@ -160,28 +160,20 @@ def _from_codes(x: jax.Array, q: QTensor, numbers: DimensionNumbers) -> jax.Arra
     x = lax.transpose(x.astype(jnp.float32), [*rows, *cx])
     x = x.reshape(math.prod(shape), *x.shape[len(rows) :])
     least = DIGIT_ROWS if q.size < CACHED_WEIGHT else 2 * DIGIT_ROWS
+    floats = functools.partial(_in_floats, axes=axes)
     if len(x) < least or no_digits(q, axes) or _is_cut(x, q):
-        y = _in_floats(x, q, axes)
+        y = floats(x, q)
     else:
-        # The first condition is a constant to the compiler, so one way alone is compiled.
-        by_digits = functools.partial(_finite_or_blocks, axes=axes)
-        y = lax.cond(digits_pay(), by_digits, lambda x, q: _in_floats(x, q, axes), x, q)
+        # Where digits do not pay that is a constant, and no compiled program holds them.
+        finite = jnp.all(jnp.isfinite(row_largest(x)))
+        digits = functools.partial(digits_dot, axes=axes)
+        y = lax.cond(digits_pay() & finite, digits, floats, x, q)
     return y.reshape(*shape, *y.shape[1:])
 
 
 def _is_cut(x: jax.Array, q: QTensor) -> bool:
     """Whether an explicit mesh cuts an operand."""
     return any(cut is not None for a in (x, q.qvalue) for cut in jax.typeof(a).sharding.spec)
-
-
-def _finite_or_blocks(x: jax.Array, q: QTensor, axes: tuple[int, ...]) -> jax.Array:
-    def digits(x: jax.Array, q: QTensor) -> jax.Array:
-        return digits_dot(x, q, axes)
-
-    def blocks(x: jax.Array, q: QTensor) -> jax.Array:
-        return blocked_dot(x, q, axes)
-
-    return lax.cond(jnp.all(jnp.isfinite(x)), digits, blocks, x, q)
 
 
 def _in_floats(x: jax.Array, q: QTensor, axes: tuple[int, ...]) -> jax.Array:
