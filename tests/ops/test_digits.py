@@ -25,8 +25,8 @@ LAYOUTS = {
     "sum over heads": ((4, 64, 24), (0, 1)),
     "transposed heads": ((24, 4, 64), (1, 2)),
 }
-FAST = Probe("s8s8", (("s8s8", 1.0), ("float32", 3.6)))
-SLOW = Probe("s8s8", (("s8s8", 1.0), ("float32", 3.4)))
+FAST = Probe("s8s8", (("s8s8", 1.0), ("float32", 2.6)))
+SLOW = Probe("s8s8", (("s8s8", 1.0), ("float32", 2.4)))
 FLOATS = Probe("float32", (("s8s8", 9.0), ("float32", 1.0)))
 UNKNOWN = Probe("s8s8")
 
