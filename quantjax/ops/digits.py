@@ -19,8 +19,9 @@ from jax.interpreters import mlir
 from jaxtyping import Array, Bool, Float
 
 from quantjax.affine import scale_values
-from quantjax.blocks import counts
+from quantjax.blocks import counts, split
 from quantjax.formats import IntFormat
+from quantjax.observers import magnitude
 from quantjax.ops.dot import LONGEST, along_output, integer_codes, level_factor
 from quantjax.ops.integer import integer_dot_general
 from quantjax.ops.probe import probe
@@ -48,13 +49,8 @@ def no_digits(q: QTensor, axes: tuple[int, ...]) -> str:
     return f"a sum of {terms} terms" if terms > LONGEST else ""
 
 
-def row_largest(x: Float[Array, "m *k"]) -> Float[Array, "m *one"]:
-    """max |x| of each row; NaN or infinity where the row holds one."""
-    return jnp.max(jnp.abs(x), tuple(range(1, x.ndim)), keepdims=True)
-
-
 def digits_dot(x: Float[Array, "m *k"], q: QTensor, axes: tuple[int, ...]) -> Float[Array, "m *n"]:
-    """sum of x q over `axes` of q, for each row of x, all of whose values are finite.
+    """sum of x q over `axes` of q, for each row of x; NaN for a row with NaN or infinity.
 
     With u = 2^-24, |y - y_exact| <= u (1.1 max|x| sum_k |w_k| + 7 sum_k |x_k w_k|), however long
     the sum, where max|x| is of the row and at least 2^-100. Rounding to digits loses s / 2 <=
@@ -65,11 +61,12 @@ def digits_dot(x: Float[Array, "m *k"], q: QTensor, axes: tuple[int, ...]) -> Fl
 
     >>> import quantjax as qj
     >>> q = qj.quantize({"kernel": jnp.eye(2)}, "w8")["kernel"]
-    >>> digits_dot(jnp.array([[1.0, 1e-3]]), q, (0,)).round(5).tolist()
-    [[1.0, 0.0010000000474974513]]
+    >>> digits_dot(jnp.array([[1.0, 0.5]]), q, (0,)).round(5).tolist()
+    [[1.0, 0.5]]
     """
-    largest = row_largest(x)
-    s = jnp.maximum(largest, _TINY) / _LARGEST
+    largest = magnitude(split(x, (1, *(None,) * (x.ndim - 1))))
+    largest = jnp.where(jnp.isfinite(largest), largest, np.float32(np.nan))
+    s = jnp.maximum(largest, _TINY).reshape(-1, *(1,) * (x.ndim - 1)) / _LARGEST
     number = jnp.round(x / s).astype(jnp.int32) + np.int32(_HALF)
     # The digit less 128, as int8; on an axis of their own, which is less to compile than rows.
     shifts = np.array([16, 8, 0], np.int32).reshape(3, *(1,) * x.ndim)

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from quantjax.affine import dequantize_array
 from quantjax.ops.blocked import blocked_dot, fits_blocks
-from quantjax.ops.digits import digits_dot, digits_pay, no_digits, row_largest
+from quantjax.ops.digits import digits_dot, digits_pay, no_digits
 from quantjax.ops.forms import DimensionNumbers
 from quantjax.ops.thresholds import (
     BLOCK_ROWS,
@@ -85,8 +85,9 @@ def weight_only_dot(
     with the bound of `digits_dot` instead, which is by max |x| of the row and smaller where its
     values are of one size and the sum is long.
 
-    NaN and infinity do what they do in the float product; but as the scale may come after the sum,
-    the largest |x| that does not overflow is 128 times smaller. The gradient is that of the float
+    NaN and infinity do what they do in the float product, but in digits, where a row that holds
+    them comes out as NaN; and as the scale may come after the sum, the largest |x| that does not
+    overflow is 128 times smaller. The gradient is that of the float
     product in x; none reaches q. `fits_weight_only` must be empty.
     """
     (cx, cw), _ = dimension_numbers
@@ -165,9 +166,8 @@ def _from_codes(x: jax.Array, q: QTensor, numbers: DimensionNumbers) -> jax.Arra
         y = floats(x, q)
     else:
         # Where digits do not pay that is a constant, and no compiled program holds them.
-        finite = jnp.all(jnp.isfinite(row_largest(x)))
         digits = functools.partial(digits_dot, axes=axes)
-        y = lax.cond(digits_pay() & finite, digits, floats, x, q)
+        y = lax.cond(digits_pay(), digits, floats, x, q)
     return y.reshape(*shape, *y.shape[1:])
 
 
