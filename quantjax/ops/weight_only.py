@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 from quantjax.affine import dequantize_array
 from quantjax.ops.blocked import blocked_dot, fits_blocks
 from quantjax.ops.digits import digits_dot, digits_pay, no_digits
+from quantjax.ops.dot import nothing
 from quantjax.ops.forms import DimensionNumbers
 from quantjax.ops.thresholds import (
     BLOCK_ROWS,
@@ -109,15 +110,10 @@ def _forward(x: jax.Array, q: QTensor, numbers: DimensionNumbers) -> Any:
 def _backward(numbers: DimensionNumbers, residuals: Any, gradient: jax.Array) -> Any:
     x, q = residuals
     (dx,) = jax.linear_transpose(lambda x: _floats(x, q, numbers), x)(gradient)
-    return dx, jax.tree.map(_nothing, q)
+    return dx, jax.tree.map(nothing, q)
 
 
 _dot.defvjp(_forward, _backward)
-
-
-def _nothing(a: jax.Array) -> Any:
-    floating = jnp.issubdtype(a.dtype, jnp.floating)
-    return jnp.zeros_like(a) if floating else np.zeros(a.shape, jax.dtypes.float0)
 
 
 @functools.cache
