@@ -1,8 +1,8 @@
 """What do activations of 8 bits and of 4 cost, with scales found as they come or before?
 Run: python -m experiments.activations --data-dir DIR [--networks resnet32] [--publish]
 Time: half an hour on two cores, and as much again to train the networks the first time.
-Result: results/activations.json, test accuracy of the article's network on MNIST and Fashion-MNIST,
-trained by three seeds, and of a published ResNet-32 on CIFAR-10.
+Result: results/activations.json, test accuracy of the article's network, trained by each seed, and
+of a published ResNet-32 on CIFAR-10.
 
 Weights and activations of every convolution and dense layer are quantized. Dynamic: one scale for
 each row of a product, for each image of a convolution. Static: one scale for each layer, from
