@@ -17,10 +17,10 @@ VENV := .venv
 NEWEST_VENV := .venv-newest
 PY := $(VENV)/bin/python
 
-# One process: XLA already compiles on several threads. On two busy cores two workers were no
-# faster (60 compilations: 38 s with one and 39 s with two, then 58 and 65 s).
-# With more cores try PYTEST_ARGS="-n 4".
-PYTEST_ARGS ?=
+# Two processes, each with whole files, whose fixtures and compiled programs are then shared: most
+# of the time is tracing and compiling, which take little more than one core. With more cores try
+# PYTEST_ARGS="-n 4 --dist loadfile"; for a debugger, PYTEST_ARGS=.
+PYTEST_ARGS ?= -n 2 --dist loadfile
 PYTEST := -m pytest -q $(PYTEST_ARGS)
 
 # Large temporaries of a training step pay for page faults; transparent huge pages make
