@@ -214,11 +214,12 @@ def _snap_forward(format: Format, block, x, scales: Scales, uniform):
 
 def _snap_backward(format: Format, block, residuals, gradient):
     clips, scales, uniform = residuals
-    nothing = jax.tree.map(_zero_cotangent, (scales, uniform))
-    return jnp.where(clips, jnp.zeros((), gradient.dtype), gradient), *nothing
+    none = jax.tree.map(zero_cotangent, (scales, uniform))
+    return jnp.where(clips, jnp.zeros((), gradient.dtype), gradient), *none
 
 
-def _zero_cotangent(x: jax.Array):
+def zero_cotangent(x: jax.Array) -> Any:
+    """The cotangent of what no gradient reaches: zeros, without a type for integers."""
     if jnp.issubdtype(x.dtype, jnp.floating):
         return jnp.zeros_like(x)
     return np.zeros(x.shape, jax.dtypes.float0)

@@ -8,7 +8,6 @@ import enum
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from quantjax.affine import Scales, codes_of, dequantize_array, scale_values
+from quantjax.affine import Scales, codes_of, dequantize_array, scale_values, zero_cotangent
 from quantjax.blocks import counts, sizes, spread
 from quantjax.formats import FloatFormat, IntFormat, Specials
 from quantjax.ops.activation import activation_codes, fake_activation
@@ -169,13 +168,7 @@ def _forward(x, q, given, act, dimension_numbers):
 def _backward(act, dimension_numbers, residuals, gradient):
     x, q, given = residuals
     (dx,) = jax.vjp(lambda x: _float_dot(x, q, given, act, dimension_numbers), x)[1](gradient)
-    return dx, *jax.tree.map(nothing, (q, given))
-
-
-def nothing(a: jax.Array) -> Any:
-    """The cotangent of what no gradient reaches."""
-    floating = jnp.issubdtype(a.dtype, jnp.floating)
-    return jnp.zeros_like(a) if floating else np.zeros(a.shape, jax.dtypes.float0)
+    return dx, *jax.tree.map(zero_cotangent, (q, given))
 
 
 quantized_dot.defvjp(_forward, _backward)

@@ -4,6 +4,7 @@ y = s_x s_w sum (q_x - z_x) q_w over the window: what pads the image is its zero
 2018, arXiv:1712.05877, section 2.4 and appendix."""
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -11,12 +12,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from quantjax.affine import Scales, dequantize_array, scale_values
+from quantjax.affine import Scales, dequantize_array, scale_values, zero_cotangent
 from quantjax.blocks import counts, spread
 from quantjax.formats import IntFormat
 from quantjax.ops.activation import activation_codes, fake_activation
 from quantjax.ops.conv import integer_conv, prefers_integers
-from quantjax.ops.dot import Lowering, Plan, integer_codes, level_factor, no_integers, nothing
+from quantjax.ops.dot import Lowering, Plan, integer_codes, level_factor, no_integers
 from quantjax.ops.patches import output_sums
 from quantjax.qtensor import QTensor
 from quantjax.spec import QuantSpec
@@ -42,10 +43,7 @@ class ConvParams(NamedTuple):
 def plan_conv(q: QTensor, act: QuantSpec, params: ConvParams, x_shape: tuple[int, ...]) -> Plan:
     """What `quantized_conv` does for this kernel and activation."""
     _, *window = params.dimension_numbers.rhs_spec
-    terms = 1
-    for a in window:
-        terms *= q.shape[a]
-    reason = no_integers(q, act, terms)
+    reason = no_integers(q, act, math.prod(q.shape[a] for a in window))
     if not reason and any(counts(q.shape, q.block)[a] > 1 for a in window):
         reason = "several scales along the sum"
     if not reason and q.zero_point is not None:
@@ -118,7 +116,7 @@ def _forward(x, q, given, act, params):
 def _backward(act, params, residuals, gradient):
     x, q, given = residuals
     (dx,) = jax.vjp(lambda x: _float_conv(x, q, given, act=act, params=params), x)[1](gradient)
-    return dx, *jax.tree.map(nothing, (q, given))
+    return dx, *jax.tree.map(zero_cotangent, (q, given))
 
 
 quantized_conv.defvjp(_forward, _backward)

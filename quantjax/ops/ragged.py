@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from quantjax.affine import Scales, dequantize_array, scale_values
+from quantjax.affine import Scales, dequantize_array, scale_values, zero_cotangent
 from quantjax.blocks import counts, spread
 from quantjax.ops.activation import activation_codes, fake_activation
-from quantjax.ops.dot import Lowering, Plan, integer_codes, level_factor, no_integers, nothing
+from quantjax.ops.dot import Lowering, Plan, integer_codes, level_factor, no_integers
 from quantjax.qtensor import QTensor
 from quantjax.spec import QuantSpec
 
@@ -81,7 +81,7 @@ def _backward(act, residuals, gradient):
         return lax.ragged_dot(fake_activation(x.astype(jnp.float32), act, given, (1,)), w, sizes)
 
     (dx,) = jax.vjp(product, x)[1](gradient)
-    return dx, *jax.tree.map(nothing, (q, sizes, given))
+    return dx, *jax.tree.map(zero_cotangent, (q, sizes, given))
 
 
 quantized_ragged_dot.defvjp(_forward, _backward)

@@ -16,10 +16,9 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float
 
-from quantjax.affine import dequantize_array
+from quantjax.affine import dequantize_array, zero_cotangent
 from quantjax.ops.blocked import blocked_dot, fits_blocks
 from quantjax.ops.digits import digits_dot, digits_pay, no_digits
-from quantjax.ops.dot import nothing
 from quantjax.ops.forms import DimensionNumbers
 from quantjax.ops.thresholds import (
     BLOCK_ROWS,
@@ -110,7 +109,7 @@ def _forward(x: jax.Array, q: QTensor, numbers: DimensionNumbers) -> Any:
 def _backward(numbers: DimensionNumbers, residuals: Any, gradient: jax.Array) -> Any:
     x, q = residuals
     (dx,) = jax.linear_transpose(lambda x: _floats(x, q, numbers), x)(gradient)
-    return dx, jax.tree.map(nothing, q)
+    return dx, jax.tree.map(zero_cotangent, q)
 
 
 _dot.defvjp(_forward, _backward)
