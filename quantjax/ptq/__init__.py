@@ -1,0 +1,1 @@
+"""Post-training quantization: methods that need samples of the inputs, or none, but no training."""
