@@ -81,7 +81,7 @@ def evaluate(
         inputs = [read(v) for v in eqn.invars]
         name = compat.scope_name(eqn)
         with compat.scope(name):
-            outputs = _equation(machine, eqn, inputs, place.inside(eqn, name))
+            outputs = equation(machine, eqn, inputs, place.inside(eqn, name))
         env.update(zip(eqn.outvars, outputs, strict=True))
         for v in last.get(i, ()):  # outside jit a value is freed after its last use
             del env[v]
@@ -103,16 +103,17 @@ def _last_uses(jaxpr: Any) -> dict[int, list[Any]]:
     return ends
 
 
-def _equation(machine: Machine, eqn: Any, inputs: list[Value], place: Place) -> list[Value]:
+def equation(machine: Machine, eqn: Any, inputs: list[Value], place: Place) -> list[Value]:
+    """The outputs of one equation; parameters among them come out as they are."""
     name = eqn.primitive.name
     call = _CALLS.get(name)
     used = any(isinstance(x, Param) for x in inputs)
-    if call is not None and (used or _has_products(eqn)):
+    if call is not None and (used or has_products(eqn)):
         return call(machine, eqn, inputs, place)
     if not used:
         if name in PRODUCTS:
             machine.record.remark(place, "", name, "a product of two activations", flops(eqn))
-        elif call is None and _has_products(eqn):
+        elif call is None and has_products(eqn):
             machine.record.remark(place, "", name, _INSIDE)
         return compat.rebind(eqn, inputs)
     if name in PRODUCTS:
@@ -137,12 +138,12 @@ def flops(eqn: Any) -> int:
     return 2 * math.prod(eqn.outvars[0].aval.shape) * terms
 
 
-def _has_products(eqn: Any) -> bool:
+def has_products(eqn: Any) -> bool:
     """Whether a call holds a product, so that it is worth entering without a parameter."""
     for inner in compat.inner_jaxprs(eqn):
         jaxpr, _ = compat.open_jaxpr(inner)
         for e in jaxpr.eqns:
-            if e.primitive.name in PRODUCTS or _has_products(e):
+            if e.primitive.name in PRODUCTS or has_products(e):
                 return True
     return False
 

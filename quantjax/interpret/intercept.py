@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,8 +53,17 @@ def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, **own)
 
 
-def run(machine: Machine, apply: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
-    """apply(*args, **kwargs), evaluated by the machine; parameters are the first argument's."""
+class Traced(NamedTuple):
+    """A call as a jaxpr of its arrays. named: those, under the paths of the parameters, or None for
+    the others. structure: that of the output."""
+
+    jaxpr: Any
+    named: list[tuple[str | None, Any]]
+    structure: Any
+
+
+def trace(apply: Callable[..., Any], args: tuple, kwargs: dict) -> Traced:
+    """apply(*args, **kwargs) on abstract arrays; parameters are the first argument's."""
     if not args:
         raise TypeError("intercept: the tree of parameters is the first positional argument.")
     tree, *others = args
@@ -84,15 +93,16 @@ def run(machine: Machine, apply: Callable[..., Any], args: tuple, kwargs: dict) 
     with explained(named_arrays):
         jaxpr = jax.make_jaxpr(flat)(*map(_abstract, moving))
     check_used(jaxpr, [name if is_quantized(leaf) else None for name, leaf in named_arrays])
+    return Traced(jaxpr, named_arrays, out_structure)
+
+
+def run(machine: Machine, apply: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+    """apply(*args, **kwargs), evaluated by the machine; parameters are the first argument's."""
+    jaxpr, named, structure = trace(apply, args, kwargs)
     slot = machine.statistics.slot
-    values = [
-        x if name is None else param(_as_leaf(x), name, slot(name)) for name, x in named_arrays
-    ]
+    values = [x if name is None else param(_as_leaf(x), name, slot(name)) for name, x in named]
     out = evaluate(machine, jaxpr, values, Place())
-    assert out_structure is not None
-    return jax.tree.unflatten(
-        out_structure, [x.array() if isinstance(x, Param) else x for x in out]
-    )
+    return jax.tree.unflatten(structure, [x.array() if isinstance(x, Param) else x for x in out])
 
 
 def _as_leaf(leaf: Any) -> Any:
