@@ -1,0 +1,1 @@
+"""Which layer hurts, and how many bits should each have? Sensitivity and bit allocation."""
