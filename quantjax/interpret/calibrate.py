@@ -13,6 +13,8 @@ import jax
 from quantjax.formats import is_learned
 from quantjax.interpret.evaluate import Machine
 from quantjax.interpret.intercept import is_array, record_of, run
+from quantjax.interpret.method import Method, Run, journal_of
+from quantjax.interpret.pieces import arguments
 from quantjax.interpret.record import Record, Site
 from quantjax.interpret.statistics import (
     State,
@@ -55,7 +57,10 @@ def calibrate(
     batches: an iterable. A plain tuple is spread over `apply(params, *batch)`, anything else is
     one argument; leaves that are not arrays are static. Shapes may differ, and compile anew.
     policy: a Policy, a preset name or a resolved policy, resolved with the sites of the first
-    batch. None if leaves of `params` are QTensors already: they keep their codes. All its
+    batch; or a method of `quantjax.ptq`, which quantizes as it sees fit on the batches, all of
+    them held in memory: it leaves only static activation scales to be found here, if its policy
+    asks for them, and calls `on_batch` after each part that is finished, with a `state` that
+    belongs to it. None if leaves of `params` are QTensors already: they keep their codes. All its
     activations become static, with one scale a tensor. observer: of their range; without it those
     marked `static` keep their own, others get percentile(99.99). The embedding that is only
     looked up, and what only a policy's `otherwise` names and no product uses, drop their
@@ -80,7 +85,9 @@ def calibrate(
 
     A progress bar is one around the batches: `calibrate(apply, params, tqdm(batches), "w8a8")`.
     """
-    _check_arguments(batches, policy)
+    _checkarguments(batches, policy)
+    if isinstance(policy, Method):
+        return _by_method(apply, params, batches, policy, observer, state, on_batch)
     batches = iter(batches)
     first = list(itertools.islice(batches, 1))
     if not first and state is None:
@@ -88,7 +95,7 @@ def calibrate(
     floats, statistics = _without_activations(params), Statistics()
     sites: tuple[Site, ...] = ()
     if first:
-        sites = record_of(apply, (floats, *_arguments(first[0])), {}, statistics).sites
+        sites = record_of(apply, (floats, *arguments(first[0])), {}, statistics).sites
     elif isinstance(policy, Policy | str):
         raise ValueError(
             "calibrate: without a batch there is no model to see, and a policy can not be resolved "
@@ -105,7 +112,7 @@ def calibrate(
 
     step = jax.jit(functools.partial(_step, apply, watches), static_argnums=(2, 3))
     for i, batch in enumerate(itertools.chain(first, batches)):
-        leaves, structure = jax.tree.flatten((floats, *_arguments(batch)), is_leaf=is_qtensor)
+        leaves, structure = jax.tree.flatten((floats, *arguments(batch)), is_leaf=is_qtensor)
         fixed = tuple(None if is_array(x) else x for x in leaves)
         found = step(found, [x for x in leaves if is_array(x)], structure, fixed)
         check_finite(found, watches, i)
@@ -115,21 +122,47 @@ def calibrate(
     return _with_scales(tree, watches, found)
 
 
-def _check_arguments(batches: Any, policy: Any) -> None:
+def _checkarguments(batches: Any, policy: Any) -> None:
     if is_array(batches) or isinstance(batches, Mapping | str):
         raise TypeError(
             f"calibrate: batches must be an iterable of batches, got one {type(batches).__name__}; "
             f"a single batch is [batch]."
         )
-    if policy is not None and not isinstance(policy, Policy | Resolved | str):
+    if policy is not None and not isinstance(policy, Policy | Resolved | str | Method):
         raise TypeError(
-            f"calibrate: the policy must be a Policy, a preset name or a resolved policy, got "
-            f"{policy!r}."
+            f"calibrate: the policy must be a Policy, a preset name, a resolved policy or a method "
+            f"of quantjax.ptq, got {policy!r}."
         )
 
 
-def _arguments(batch: Any) -> tuple[Any, ...]:
-    return batch if type(batch) is tuple else (batch,)
+def _by_method(
+    apply: Callable[..., Any],
+    params: Any,
+    batches: Iterable[Any],
+    method: Method,
+    observer: Observer | None,
+    state: Mapping[str, Any] | None,
+    on_batch: Callable[[int, dict[str, Any]], Any] | None,
+) -> Any:
+    """The tree that a method makes, with the static activation scales that it left open."""
+    kept = [arguments(batch) for batch in batches]
+    if not kept:
+        raise ValueError("calibrate: expected at least one batch, got none: nothing to fit to.")
+    journal = journal_of(state, on_batch, method, params, kept)
+    tree = method(Run(apply, kept, params, params, journal)).tree
+
+    def waits(x: Any) -> bool:
+        act = x.act if isinstance(x, QTensor) else None
+        return act is not None and act.static and x.act_scale is None
+
+    leaves, structure = jax.tree.flatten(tree, is_leaf=is_qtensor)
+    if not any(map(waits, leaves)):
+        return tree
+    bare = [x if waits(x) else _without_activations(x) for x in leaves]
+    found = calibrate(apply, jax.tree.unflatten(structure, bare), kept, observer=observer)
+    scaled = jax.tree.leaves(found, is_leaf=is_qtensor)
+    pairs = zip(leaves, scaled, strict=True)
+    return jax.tree.unflatten(structure, [y if waits(x) else x for x, y in pairs])
 
 
 def _without_activations(tree: Any) -> Any:

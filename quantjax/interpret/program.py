@@ -108,19 +108,19 @@ class Program:
         """The model's output; `leaves` gives the array or QTensor of a parameter's layer."""
         env: dict[int, Any] = dict(zip(self.arguments, arguments, strict=True))
         run_instructions(machine, self.instructions, leaves, env)
-        out = [read(x, leaves, env) for x in self.outputs]
+        out = [read(machine, x, leaves, env) for x in self.outputs]
         arrays = [x.array() if isinstance(x, Param) else x for x in out]
         return jax.tree.unflatten(self.structure, arrays)
 
 
-def read(x: Operand, leaves: Callable[[Leaf], Any], env: dict[int, Any]) -> Any:
+def read(machine: Machine, x: Operand, leaves: Callable[[Leaf], Any], env: dict[int, Any]) -> Any:
     """The value of an operand; a parameter as the view that the evaluator knows."""
     match x:
         case Value(id=id):
             return env[id]
         case Constant(value=value):
             return value
-    view = param(leaves(x), x.name)
+    view = param(leaves(x), x.name, machine.statistics.slot(x.name))
     for dtype in x.casts:
         view = cast(view, dtype)
     return view
@@ -134,7 +134,7 @@ def run_instructions(
 ) -> None:
     """Runs them in order on the values in `env`, and adds to it what they give."""
     for step in instructions:
-        outputs = step.run(machine, [read(x, leaves, env) for x in step.inputs])
+        outputs = step.run(machine, [read(machine, x, leaves, env) for x in step.inputs])
         env.update(zip(step.outputs, outputs, strict=True))
 
 

@@ -5,8 +5,8 @@ batches: Jacob et al. 2018, arXiv:1712.05877, section 3.1."""
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,36 @@ from quantjax.scales import scale_of_range
 from quantjax.spec import QuantSpec
 
 State = dict[str, Any]
+
+
+class Met(NamedTuple):
+    """A product of a parameter, its operand `side`, and an activation."""
+
+    eqn: Any
+    inputs: Sequence[Any]
+    side: int
+
+    @property
+    def param(self) -> Param:
+        """The parameter."""
+        return self.inputs[self.side]
+
+    @property
+    def activation(self) -> Any:
+        """The other operand."""
+        return self.inputs[1 - self.side]
+
+
+class Watcher(Protocol):
+    """Gathers something of the activations that meet one parameter, apart for each entry of its
+    leading axes, `layers`."""
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The leading axes that scans take off."""
+
+    def update(self, state: State, slot: jax.Array, met: Met) -> State:
+        """The state after the product of the layer whose number is `slot`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,9 +90,11 @@ class Watch:
             "observed": observed,
         }
 
-    def update(self, state: State, slot: jax.Array, x: jax.Array) -> State:
-        """The state after the product of one layer with x."""
-        x = compat.gathered(lax.stop_gradient(x).astype(jnp.float32))
+    def update(self, state: State, slot: jax.Array, met: Met) -> State:
+        """The state after the product of one layer."""
+        if keeps_floats(met.eqn):
+            return state
+        x = compat.gathered(lax.stop_gradient(met.activation).astype(jnp.float32))
         layer = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, slot, keepdims=False), state)
 
         def later() -> Any:
@@ -89,7 +121,7 @@ class Statistics:
     the paths of all that meet an activation. Mutable; it lives as long as the trace."""
 
     def __init__(
-        self, watches: Mapping[str, Watch] | None = None, state: Mapping[str, State] | None = None
+        self, watches: Mapping[str, Watcher] | None = None, state: Mapping[str, State] | None = None
     ) -> None:
         self.watches = dict(watches or {})
         self.state = dict(state or {})
@@ -109,9 +141,10 @@ class Statistics:
         met = _met(eqn, inputs)
         if met is None:
             return
-        x, activation = met
-        self.seen.add(x.path)
-        if x.slot is None or activation.size == 0:
+        x = met.param
+        if not keeps_floats(eqn):
+            self.seen.add(x.path)
+        if x.slot is None or met.activation.size == 0:
             return
         if x.slot.ndim:
             raise ValueError(
@@ -119,19 +152,17 @@ class Statistics:
                 f"each, but this product uses them all at once: neither a scan nor an index takes "
                 f"them off. Give the policy the sites of the model instead of stacked=."
             )
-        update: Callable[..., State] = self.watches[x.path].update
-        new = update(self.state[x.path], x.slot, activation)
+        new = self.watches[x.path].update(self.state[x.path], x.slot, met)
         self.state = {**self.state, x.path: new}
 
 
-def _met(eqn: Any, inputs: Sequence[Any]) -> tuple[Param, Any] | None:
-    """The parameter and the activation of a product that rounds both, as `products` has it."""
+def _met(eqn: Any, inputs: Sequence[Any]) -> Met | None:
+    """The parameter and the activation of a product of one each, as `products` has it."""
     used = [i for i, x in enumerate(inputs) if isinstance(x, Param)]
-    side = used[0]
     dot = eqn.primitive is p.dot_general_p
-    if len(used) > 1 or not (dot or side == 1) or keeps_floats(eqn):
+    if len(used) > 1 or not (dot or used[0] == 1):
         return None
-    return inputs[side], inputs[1 - side]
+    return Met(eqn, inputs, used[0])
 
 
 def empty(watches: dict[str, Watch]) -> dict[str, State]:

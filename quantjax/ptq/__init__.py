@@ -1,1 +1,10 @@
-"""Post-training quantization: methods that need samples of the inputs, or none, but no training."""
+"""Post-training quantization: methods that need samples of the inputs, or none, but no training.
+
+A method is a frozen value that `quantjax.calibrate` runs; `chain` joins several."""
+
+from quantjax.interpret.method import Journal, Method, Run
+from quantjax.ptq.chain import chain
+from quantjax.ptq.layerwise import Layerwise, Problem, Solver
+from quantjax.ptq.moments import Moments
+
+__all__ = ["Journal", "Layerwise", "Method", "Moments", "Problem", "Run", "Solver", "chain"]

@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from quantjax.affine import Scales, scale_values
@@ -74,7 +73,15 @@ class MatrixForm:
     def leaf(self, w_BOI: Float[Array, "b o i"], shape: tuple[int, ...]) -> Float[Array, "*leaf"]:
         """The leaf of this shape that has these matrices."""
         x = w_BOI.reshape([shape[a] for a in self._order])
-        return jnp.transpose(x, np.argsort(self._order))
+        return jnp.transpose(x, [self._order.index(a) for a in range(len(shape))])
+
+    def inner(self, layers: int) -> "MatrixForm":
+        """The form of a leaf without its first axes, which count matrices here."""
+        batch, output, contracting = (
+            tuple(a - layers for a in axes if a >= layers)
+            for axes in (self.batch, self.output, self.contracting)
+        )
+        return MatrixForm(batch, output, contracting, self.groups)
 
     def cells(self, scales: Scales, spec: QuantSpec, shape: tuple[int, ...]) -> Cells:
         """The grid under every element, as matrices of the same form."""
