@@ -3,8 +3,19 @@
 A method is a frozen value that `quantjax.calibrate` runs; `chain` joins several."""
 
 from quantjax.interpret.method import Journal, Method, Run
+from quantjax.ptq.adaround import adaround
 from quantjax.ptq.chain import chain
 from quantjax.ptq.layerwise import Layerwise, Problem, Solver
 from quantjax.ptq.moments import Moments
 
-__all__ = ["Journal", "Layerwise", "Method", "Moments", "Problem", "Run", "Solver", "chain"]
+__all__ = [
+    "Journal",
+    "Layerwise",
+    "Method",
+    "Moments",
+    "Problem",
+    "Run",
+    "Solver",
+    "adaround",
+    "chain",
+]
