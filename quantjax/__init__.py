@@ -1,9 +1,11 @@
 """quantjax: compress JAX models by quantizing their parameter trees."""
 
+from quantjax import ptq
 from quantjax.formats import Codebook, FloatFormat, IntFormat, Levels
 from quantjax.interpret import calibrate, intercept, register_rule, sites
 from quantjax.observers import Observer, absmax, ema, minmax, mse, percentile
 from quantjax.policy import Policy, preset
+from quantjax.ptq import Method, chain
 from quantjax.qtensor import QTensor
 from quantjax.rounding import Rounding
 from quantjax.spec import Granularity, QuantSpec
@@ -17,6 +19,7 @@ __all__ = [
     "Granularity",
     "IntFormat",
     "Levels",
+    "Method",
     "Observer",
     "Policy",
     "QTensor",
@@ -24,6 +27,7 @@ __all__ = [
     "Rounding",
     "absmax",
     "calibrate",
+    "chain",
     "dequantize",
     "ema",
     "fake_quantize",
@@ -33,6 +37,7 @@ __all__ = [
     "mse",
     "percentile",
     "preset",
+    "ptq",
     "quantize",
     "register_rule",
     "save",

@@ -6,7 +6,7 @@ batches: Jacob et al. 2018, arXiv:1712.05877, section 3.1."""
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +46,7 @@ class Met(NamedTuple):
         return self.inputs[1 - self.side]
 
 
+@runtime_checkable
 class Watcher(Protocol):
     """Gathers something of the activations that meet one parameter, apart for each entry of its
     leading axes, `layers`."""

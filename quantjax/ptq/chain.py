@@ -1,6 +1,7 @@
 """How do methods work together? One after another, on one tree."""
 
 import dataclasses
+from typing import Any
 
 from quantjax.interpret.method import Method, Run
 
@@ -18,7 +19,7 @@ class Chain:
         return dataclasses.replace(run, stage=first)
 
 
-def chain(*methods: Method) -> Chain:
+def chain(*methods: Any) -> Chain:
     """The method that applies these in turn: those that change float parameters without changing
     what the model computes, then those that quantize, then those that correct.
 

@@ -8,7 +8,7 @@ import dataclasses
 import warnings
 from collections import Counter
 from collections.abc import Container, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -65,6 +65,7 @@ class Problem:
 _stored = jax.jit(affine.quantize_array, static_argnames="spec")
 
 
+@runtime_checkable
 class Solver(Protocol):
     """A frozen, hashable value that settles one parameter. paired: whether it uses E[f x'], the
     moments between what the float model and the quantized one have there."""
