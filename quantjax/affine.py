@@ -188,10 +188,41 @@ def codes_of(q: QTensor) -> Integer[Array, "*n"]:
 
 
 def dequantize_array(q: QTensor) -> jax.Array:
-    """The values of a quantized array, x = (level(q) - z) * s, computed in float32, cast last."""
+    """The values of a quantized array, x = (level(q) - z) * s, computed in float32, cast last;
+    with an input scale t and low-rank factors, (level(q) - z) * s * t + left @ right."""
     if isinstance(q.format, ExponentFormat):
         return q.format.decode(q.qvalue)
-    return _values(codes_of(q), scales_of(q), q.format, q.block, q.dtype)
+    if q.is_bare:
+        return _values(codes_of(q), scales_of(q), q.format, q.block, q.dtype)
+    x = _values(codes_of(q), scales_of(q), q.format, q.block, np.dtype(np.float32))
+    if q.input_scale is not None:
+        x = x * q.input_scale.astype(jnp.float32)
+    if q.left is not None:
+        # The choice, always of x, keeps compilers from making one operation of the product above
+        # and this sum, which rounds once and not twice. They look through an optimization barrier.
+        x = jnp.where(jnp.isnan(x), np.float32(np.nan), x) + low_rank_values(q)
+    return x.astype(q.dtype)
+
+
+def low_rank_values(q: QTensor) -> Float[Array, "*#n"]:
+    """left @ right of a quantized array that has them, in float32: broadcastable to its shape.
+
+    A float product: the same bits jitted or not, but a part of the array, such as the shard of one
+    device, may be summed in another order."""
+    assert q.left is not None and q.right is not None
+    axes = list(range(q.ndim))
+    operands: list[Any] = []
+    for factor in (q.left, q.right):
+        kept = [a for a in axes if factor.shape[a] != 1]
+        operands += [factor.reshape([factor.shape[a] for a in (*kept, -1)]), [*kept, q.ndim]]
+    lengths = [max(q.left.shape[a], q.right.shape[a]) for a in axes]
+    y = jnp.einsum(
+        *operands,
+        [a for a in axes if lengths[a] != 1],
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+    return y.reshape(lengths)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class QTensor:
-    """A quantized array: value = (level(qvalue) - zero_point) * scale, cast to `dtype` last.
+    """A quantized array: value = D + L with D = (level(qvalue) - zero_point) * scale * input_scale
+    and L = left @ right, cast to `dtype` last. Most have neither input_scale nor left and right.
 
     qvalue: codes. int8 for signed 8-bit integers, uint8 otherwise, packed below 8 bits. A signed
     code q below 8 bits is stored as q + 2^(bits-1).
@@ -28,12 +29,24 @@ class QTensor:
     codebook: the levels of a learned codebook, (*leading axes, 2^bits), or None.
     act_scale, act_zero_point: of the activation that meets this array, where they are static:
     found by `calibrate`, one for each entry of the leading axes.
+    input_scale: t of the array's rank, of length one along every axis but those that a product
+    sums over and the leading ones. A product multiplies its activation by t before it rounds it,
+    and then is the product of the codes: AWQ and SmoothQuant, where t can not be folded.
+    left, right: two factors of the array's rank and one axis more, the rank r, at the end. `left`
+    has length one along the outputs, `right` along the axes summed over, and
+    L = sum_r left[..., r] * right[..., r]; a product is x @ D + (x @ left) @ right, and its second
+    term takes x as it is, neither scaled nor rounded.
 
     Static: format; block, counted from the last axis (see `quantjax.blocks`); packed, the axis
     (negative) along which codes are packed with its logical length, or None; dtype of the
     dequantized array; act, how the activation that meets this array is quantized, or None.
     The shape follows from the children, so a leading axis can be added or removed (scan, vmap,
     `jax.tree.map(lambda a: a[0], q)`) and the rest stays true.
+
+    What stands beside the codes are children here, and not a leaf type around a QTensor, as then
+    there is one leaf type for every walk over a tree, for files, summaries and shardings; and they
+    have the array's own axes, with length one where they do not vary, so that what moves, cuts or
+    stacks the array's axes does the same to theirs and needs no list of which axes are inputs.
     """
 
     qvalue: jax.Array
@@ -42,6 +55,9 @@ class QTensor:
     codebook: jax.Array | None = None
     act_scale: jax.Array | None = None
     act_zero_point: jax.Array | None = None
+    input_scale: jax.Array | None = None
+    left: jax.Array | None = None
+    right: jax.Array | None = None
     format: Format | ExponentFormat = dataclasses.field(metadata=dict(static=True), kw_only=True)
     block: Block = dataclasses.field(metadata=dict(static=True), kw_only=True)
     packed: tuple[int, int] | None = dataclasses.field(
@@ -75,21 +91,39 @@ class QTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of codes, scales, zero points and codebook together."""
+        """Bytes of all children together: codes, scales, low-rank factors and the rest."""
         return sum(
             math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(self)
         )
 
     @property
     def bits_per_weight(self) -> float:
-        """8 * nbytes / size: scales count."""
+        """8 * nbytes / size: scales count, and so do low-rank factors."""
         return 8 * self.nbytes / max(self.size, 1)
+
+    @property
+    def rank(self) -> int:
+        """The rank of the low-rank term; 0 without one."""
+        return 0 if self.left is None else self.left.shape[-1]
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether codes and their scales are all there is: no input scale, no low-rank term."""
+        return self.input_scale is None and self.left is None
+
+    @property
+    def bare(self) -> "QTensor":
+        """The same without input scale and low-rank term."""
+        return dataclasses.replace(self, input_scale=None, left=None, right=None)
 
     def __repr__(self) -> str:
         block = "x".join("all" if b is None else str(b) for b in self.block)
         # JAX prints trees whose leaves are placeholders, such as the axes of vmap.
         shape = self.shape if hasattr(self.qvalue, "shape") else "?"
-        return f"QTensor({self.format}, shape={shape}, block={block}, dtype={self.dtype})"
+        more = "" if self.input_scale is None else ", input scale"
+        if self.left is not None:
+            more += f", rank={self.rank}" if hasattr(self.left, "shape") else ", low rank"
+        return f"QTensor({self.format}, shape={shape}, block={block}, dtype={self.dtype}{more})"
 
 
 def is_qtensor(x: object) -> bool:

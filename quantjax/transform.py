@@ -247,6 +247,12 @@ def _given_scales(
         floats = hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)
         if is_quantized(x) or not floats or tuple(x.shape) != q.shape:
             raise ValueError(f"{name}: like= expects a float array of shape {q.shape}, got {x!r}.")
+        if not q.is_bare:
+            raise ValueError(
+                f"{name}: like= holds an input scale or low-rank factors beside its codes, which "
+                f"were found for the values it was made of and do not follow others: {q!r}. "
+                f"Quantize anew with a policy."
+            )
         spec = QuantSpec(format=q.format, block=q.block, symmetric=q.zero_point is None, act=q.act)
         act = {"act_scale": q.act_scale, "act_zero_point": q.act_zero_point}
         given[i] = (spec, affine.scales_of(q), act)

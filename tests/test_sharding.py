@@ -218,6 +218,29 @@ def test_codes_cut_after_they_were_made_are_read_right(preset, shape, cut):
         assert_same_bits(qj.dequantize(tree), qj.dequantize(q))
 
 
+@pytest.mark.parametrize("cut", [P("n"), P(None, "n")])
+def test_what_stands_beside_the_codes_is_cut_with_them(cut, kind):
+    """A scale of the inputs and low-rank factors, whole on every device where they do not vary."""
+    q = qj.quantize(whole(sample()), policy_of(QuantSpec(format=INT4, group=8)))["mlp"]["kernel"]
+    q = dataclasses.replace(
+        q,
+        input_scale=1 + sample((64, 4))[:, :1] ** 2,
+        left=sample((64, 1, 4)),
+        right=sample((1, 32, 4)),
+    )
+
+    def put(a):
+        entries = [e if n > 1 else None for e, n in zip((*cut, None), a.shape, strict=False)]
+        return jax.device_put(a, NamedSharding(make_mesh("line", kind), P(*entries)))
+
+    scaled = dataclasses.replace(q, left=None, right=None)
+    assert_same_bits(qj.dequantize(jax.tree.map(put, scaled)), qj.dequantize(scaled))
+    got = qj.dequantize(jax.tree.map(put, q))
+    assert got.sharding.spec == cut
+    # The sum over the rank is one of floats, in the order that suits the shape of a shard.
+    np.testing.assert_allclose(got, qj.dequantize(q), rtol=1e-5, atol=1e-5)
+
+
 def test_a_scale_block_over_several_shards_is_refused(kind):
     above = QuantSpec(format=IntFormat(8), block=(3, 1))
     spec = QuantSpec(format=INT4, group=8, scale_format=above)

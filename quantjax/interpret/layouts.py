@@ -12,7 +12,7 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from quantjax.blocks import sizes
-from quantjax.interpret.param import Param
+from quantjax.interpret.param import BESIDE, Param
 from quantjax.interpret.parts import LAYERED
 from quantjax.qtensor import QTensor
 
@@ -70,6 +70,10 @@ def _put(x: Any, entries: Sequence[Entry], sharding: NamedSharding, put: Put) ->
     own = {"qvalue": place(x.qvalue, entries), "scale": scale}
     if x.zero_point is not None:
         own["zero_point"] = place(x.zero_point, shared)
+    for name in BESIDE:
+        a = getattr(x, name)
+        cut = zip(entries, () if a is None else a.shape, strict=False)
+        own[name] = None if a is None else place(a, [None if n == 1 else e for e, n in cut])
     layers = x.ndim - len(x.block)
     for name in LAYERED:
         a = getattr(x, name)

@@ -5,7 +5,8 @@ views are kept beside the stored array, so that it stays quantized up to the pro
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from quantjax.qtensor import QTensor
 from quantjax.transform import dequantize
 
 Axes = tuple[tuple[int, ...], ...]
+BESIDE = ("input_scale", "left", "right")  # the children that have the axes of the array
 
 
 @jax.tree_util.register_dataclass
@@ -143,13 +145,25 @@ def _moved(q: QTensor, order: list[int | None]) -> QTensor | None:
     elif scale is not None:
         scale = _reordered(scale, order)
     return dataclasses.replace(
-        q,
+        beside_codes(q, lambda a: _reordered(a, [*order, *range(q.ndim, a.ndim)])),
         qvalue=_reordered(q.qvalue, order),
         scale=scale,
         zero_point=None if q.zero_point is None else _reordered(q.zero_point, order),
         block=tuple(1 if a is None else block[a] for a in order),
         packed=packed,
     )
+
+
+def beside_codes(
+    q: QTensor, change: Callable[[jax.Array], jax.Array], axis: int | None = None
+) -> QTensor:
+    """q with what stands beside its codes changed; under `axis`, what varies along that axis."""
+    own: dict[str, Any] = {}
+    for name in BESIDE:
+        a = getattr(q, name)
+        if a is not None and (axis is None or a.shape[axis] == q.shape[axis]):
+            own[name] = change(a)
+    return dataclasses.replace(q, **own)
 
 
 def _reordered(x: jax.Array, order: list[int | None]) -> jax.Array:
@@ -189,7 +203,7 @@ def stack(x: Param) -> jax.Array | QTensor | tuple[jax.Array, Trained] | None:
         for a in (q.act_scale, q.act_zero_point)
     ]
     return dataclasses.replace(
-        q,
+        beside_codes(q, lambda a: jnp.broadcast_to(a, (q.shape[0], *a.shape[1:]))),
         scale=each(q.scale),
         zero_point=zero,
         codebook=codebook,

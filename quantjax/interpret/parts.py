@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from quantjax.blocks import counts, sizes
-from quantjax.interpret.param import Axes, Param, reshaped, stack
+from quantjax.interpret.param import BESIDE, Axes, Param, beside_codes, reshaped, stack
 from quantjax.packing import packed_length
 from quantjax.qtensor import QTensor
 
@@ -85,7 +85,8 @@ def part(x: jax.Array | QTensor, axis: int, what: Cut) -> Any:
 
 
 def _codes(x: QTensor, axis: int, what: Cut) -> QTensor | None:
-    """x with some of its codes, its scales as they were."""
+    """x with some of its codes, and of what stands beside them, its scales as they were."""
+    x = beside_codes(x, lambda a: what.take(a, axis), axis)
     if x.packed is None or x.packed[0] % x.ndim != axis:
         return dataclasses.replace(x, qvalue=what.take(x.qvalue, axis))
     bits = x.format.bits
@@ -166,7 +167,7 @@ def _without(x: Any) -> Any:
     """An array, or a quantized one, without its first axis, of length one."""
     if not isinstance(x, QTensor):
         return None if x is None else lax.squeeze(x, (0,))
-    own = {name: _without(getattr(x, name)) for name in ("qvalue", "scale", "zero_point")}
+    own = {name: _without(getattr(x, name)) for name in ("qvalue", "scale", "zero_point", *BESIDE)}
     if len(x.block) == x.ndim:
         return dataclasses.replace(x, **own, block=x.block[1:])
     for name in LAYERED:

@@ -13,8 +13,9 @@ from jax.extend.core import primitives as p
 from quantjax.affine import dequantize_array
 from quantjax.blocks import sizes
 from quantjax.interpret import jax_compat as compat
+from quantjax.interpret.beside import Taken, is_plain_ragged, taken_apart
 from quantjax.interpret.gradients import trained_product
-from quantjax.interpret.param import Param, as_qtensor
+from quantjax.interpret.param import Param, as_qtensor, beside_codes
 from quantjax.interpret.record import Place, Site, product
 from quantjax.interpret.rounded import Rounded, keeps_floats, rounded_activation
 from quantjax.ops import (
@@ -65,6 +66,7 @@ def _note_site(
     groups: int = 1,
     lowering: str = DEQUANTIZED,
     act: Rounded | None = None,
+    term: int = 0,
 ) -> None:
     summed, shared = _originals(x, contracting), _originals(x, batch)
     machine.record.site(
@@ -80,10 +82,12 @@ def _note_site(
             input_shape=tuple(other.shape),
             output_shape=tuple(eqn.outvars[0].aval.shape),
             flops=flops * place.calls,
+            term_flops=term * place.calls,
             calls=place.calls,
             groups=groups,
             layers=x.layers,
             format=_format(x),
+            beside=_beside(x),
             act="" if act is None else str(act),
             lowering=_lowering(x, lowering),
         ),
@@ -94,6 +98,15 @@ def _format(x: Param) -> str:
     if isinstance(x.value, QTensor):
         return str(x.value.format)
     return str(x.value.dtype if x.trained is None else x.trained.format)
+
+
+def _beside(x: Param) -> str:
+    """What the leaf holds beside its codes."""
+    q = x.value
+    if not isinstance(q, QTensor):
+        return ""
+    low_rank = f"rank {q.rank}" if q.rank else ""
+    return ", ".join(filter(None, ("" if q.input_scale is None else "input scale", low_rank)))
 
 
 def _lowering(x: Param, lowering: str) -> str:
@@ -115,18 +128,22 @@ def dot(machine: Any, eqn: Any, inputs: Sequence[Any], place: Place) -> list[Any
     """dot_general: in integers where both sides are, from the codes where that is faster, else
     on dequantized weights."""
     (summed, shared), out = eqn.params["dimension_numbers"], eqn.outvars[0].aval
-    lowering, act, result = DEQUANTIZED, None, None
+    lowering, act, result, term = DEQUANTIZED, None, None, 0
     used = [i for i, x in enumerate(inputs) if isinstance(x, Param)]
     if len(used) == 1 and inputs[used[0]].quantized:
         act = rounded_activation(eqn, inputs[used[0]])
-        lowering, result = _quantized_dot(eqn, inputs, used[0], act)
+        taken = taken_apart(eqn, inputs, used[0])
+        lowering, result = _quantized_dot(eqn, inputs, used[0], taken, act)
+        if result is not None:
+            lowering, term = f"{lowering}{taken.note}", taken.flops
+            result = taken.finish(result)
     elif len(used) == 1 and inputs[used[0]].trained is not None:
         act = rounded_activation(eqn, inputs[used[0]])
         result = _trained(eqn, inputs, used[0], act, summed[1 - used[0]])
     for i in used:
         _note_site(
             machine, eqn, inputs[i], inputs[1 - i], place,
-            contracting=summed[i], batch=shared[i], lowering=lowering, act=act,
+            contracting=summed[i], batch=shared[i], lowering=lowering, act=act, term=term,
             flops=2 * math.prod(out.shape) * product(inputs[i].shape, tuple(summed[i])),
         )  # fmt: skip
     return _bound(eqn, inputs) if result is None else [result]
@@ -143,13 +160,13 @@ def _trained(
 
 
 def _quantized_dot(
-    eqn: Any, inputs: Sequence[Any], side: int, act: Rounded | None
+    eqn: Any, inputs: Sequence[Any], side: int, taken: Taken, act: Rounded | None
 ) -> tuple[str, jax.Array | None]:
-    """How the product of a quantized parameter and an activation is computed, and the product; None
-    where it is the original one on dequantized weights."""
+    """How the product of a quantized parameter and an activation is computed, and the product of
+    what was `taken` of them; None where it is the original one on dequantized weights."""
     summed, shared = eqn.params["dimension_numbers"]
-    w = inputs[side]
-    x, numbers = _in_leaf_axes(inputs[1 - side], w, side, summed, shared)
+    w: Any = taken.leaf
+    x, numbers = _in_leaf_axes(taken.activation, w, side, summed, shared)
     q, out = w.value, eqn.outvars[0].aval
     if act is not None:
         used = (*numbers[0][0], *numbers[1][0])
@@ -167,8 +184,13 @@ def _quantized_dot(
     if act is None:
         return lowering, None
     operands = [w.array(), w.array()]
-    operands[1 - side] = act.fake(inputs[1 - side], summed[1 - side])
+    operands[1 - side] = _faked(act, taken, inputs[1 - side], summed[1 - side])
     return lowering, compat.rebind(eqn, operands)[0]
+
+
+def _faked(act: Rounded, taken: Taken, x: Any, summed: Sequence[int]) -> jax.Array:
+    """The activation as the product sees it, in floats of the dtype that it had."""
+    return act.fake(taken.activation, summed).astype(x.dtype)
 
 
 def _in_leaf_axes(
@@ -219,23 +241,26 @@ def convolution(machine: Any, eqn: Any, inputs: Sequence[Any], place: Place) -> 
     params = ConvParams(**{name: eqn.params[name] for name in ConvParams._fields})
     numbers, out = params.dimension_numbers, eqn.outvars[0].aval
     summed = numbers.rhs_spec[1:]  # of (output, input, *window)
-    act, lowering, result = rounded_activation(eqn, kernel), DEQUANTIZED, None
+    act, lowering, result, term = rounded_activation(eqn, kernel), DEQUANTIZED, None, 0
     if kernel.trained is not None:
         result = _trained(eqn, inputs, 1, act, params.summed)
     elif act is not None:
-        q = as_qtensor(kernel)
+        taken = taken_apart(eqn, inputs, 1)
+        q, x = as_qtensor(taken.leaf), taken.activation
         plan = Plan(Lowering.FLOAT, "a view that merges axes")
         if q is not None:
             plan = plan_conv(q, act.spec, params, image.shape)
-        lowering = str(plan).replace("product", "convolution")
+        lowering = f"{str(plan).replace('product', 'convolution')}{taken.note}"
         if plan.lowering is Lowering.FLOAT:
-            result = compat.rebind(eqn, [act.fake(image, params.summed), kernel.array()])[0]
+            rounded = _faked(act, taken, image, params.summed)
+            result = compat.rebind(eqn, [rounded, taken.leaf.array()])[0]
         else:
-            result = quantized_conv(image, q, act.given, act.spec, params).astype(out.dtype)
+            result = quantized_conv(x, q, act.given, act.spec, params).astype(out.dtype)
+        result, term = taken.finish(result), taken.flops
     flops = 2 * math.prod(out.shape) * product(kernel.shape, tuple(summed))
     _note_site(
         machine, eqn, kernel, image, place,
-        contracting=summed, batch=(), flops=flops, lowering=lowering, act=act,
+        contracting=summed, batch=(), flops=flops, lowering=lowering, act=act, term=term,
         groups=params.feature_group_count * params.batch_group_count,
     )  # fmt: skip
     return _bound(eqn, inputs) if result is None else [result]
@@ -270,14 +295,30 @@ def _rows(eqn: Any, table: Param, index: Any) -> jax.Array | None:
         return None
 
     def rows(child: jax.Array) -> jax.Array:
-        own: dict[str, Any] = {"slice_sizes": (1, *child.shape[1:])}
+        offsets = tuple(range(out - rank + 1, out - rank + child.ndim))
+        own: dict[str, Any] = {
+            "slice_sizes": (1, *child.shape[1:]),
+            "dimension_numbers": dims._replace(offset_dims=offsets),
+        }
         if not jax.numpy.issubdtype(child.dtype, np.floating):
             own["fill_value"] = 0  # NaN, which the scale has there, is no integer
         return eqn.primitive.bind(child, index, **{**params, **own})
 
+    def of_each(child: jax.Array) -> jax.Array:
+        """Rows of what may be the same for all rows."""
+        if child.shape[0] != 1 or q.shape[0] == 1:
+            return rows(child)
+        return child.reshape(*(1,) * (out - rank + 1), *child.shape[1:])
+
     zero = None if q.zero_point is None else rows(q.zero_point)
-    found = dataclasses.replace(q, qvalue=rows(q.qvalue), scale=rows(q.scale), zero_point=zero)
-    return dequantize_array(dataclasses.replace(found, block=q.block[-(rank - 1) :]))
+    found = dataclasses.replace(
+        beside_codes(q, of_each),
+        qvalue=rows(q.qvalue),
+        scale=rows(q.scale),
+        zero_point=zero,
+        block=q.block[-(rank - 1) :],
+    )
+    return dequantize_array(found)
 
 
 def ragged_dot(machine: Any, eqn: Any, inputs: Sequence[Any], place: Place) -> list[Any] | None:
@@ -287,36 +328,27 @@ def ragged_dot(machine: Any, eqn: Any, inputs: Sequence[Any], place: Place) -> l
         return None
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     (summed_tokens, summed), (_, shared) = numbers.dot_dimension_numbers
-    act, lowering, result = rounded_activation(eqn, experts), DEQUANTIZED, None
+    act, lowering, result, term = rounded_activation(eqn, experts), DEQUANTIZED, None, 0
     if experts.trained is not None:
         result = _trained(eqn, inputs, 1, act, summed_tokens)
     elif act is not None:
-        q, plan = as_qtensor(experts), Plan(Lowering.FLOAT, "other axes than (T, K) and (E, K, N)")
-        if q is not None and len(rest) == 1 and _is_plain_ragged(numbers, tokens):
+        taken = taken_apart(eqn, inputs, 1)
+        q, x = as_qtensor(taken.leaf), taken.activation
+        plan = Plan(Lowering.FLOAT, "other axes than (T, K) and (E, K, N)")
+        if q is not None and len(rest) == 1 and is_plain_ragged(numbers, tokens):
             plan = plan_ragged_dot(q, act.spec)
-        lowering = str(plan)
+        lowering = f"{plan}{taken.note}"
         if plan.lowering is Lowering.FLOAT:
-            operands = [act.fake(tokens, summed_tokens), experts.array(), *rest]
-            result = compat.rebind(eqn, operands)[0]
+            rounded = _faked(act, taken, tokens, summed_tokens)
+            result = compat.rebind(eqn, [rounded, taken.leaf.array(), *rest])[0]
         else:
-            y = quantized_ragged_dot(tokens, q, rest[0], act.given, act.spec)
+            y = quantized_ragged_dot(x, q, rest[0], act.given, act.spec)
             result = y.astype(eqn.outvars[0].aval.dtype)
+        result, term = taken.finish(result), taken.flops
     flops = 2 * math.prod(eqn.outvars[0].aval.shape) * product(experts.shape, tuple(summed))
     _note_site(
         machine, eqn, experts, tokens, place,
         contracting=summed, batch=(*shared, *numbers.rhs_group_dimensions), flops=flops,
-        lowering=lowering, act=act,
+        lowering=lowering, act=act, term=term,
     )  # fmt: skip
     return _bound(eqn, inputs) if result is None else [result]
-
-
-def _is_plain_ragged(numbers: Any, tokens: Any) -> bool:
-    """Whether it is (T, K) x (E, K, N) -> (T, N)."""
-    axes = (numbers.dot_dimension_numbers, numbers.lhs_ragged_dimensions)
-    plain = ((((1,), (1,)), ((), ())), (0,))
-    group = tuple(numbers.rhs_group_dimensions)
-    return tokens.ndim == 2 and _tuples(axes) == plain and group == (0,)
-
-
-def _tuples(x: Any) -> Any:
-    return tuple(map(_tuples, x)) if isinstance(x, list | tuple) else x

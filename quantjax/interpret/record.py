@@ -16,8 +16,9 @@ class Site:
     groups: blocks of the output that see different inputs (grouped convolutions). param_shape,
     input_shape, output_shape: of one call. calls: how often it runs (the lengths of enclosing
     scans). flops: of all calls, two a multiply-add. layers: leading axes taken off by scans.
-    format: of the stored parameter. act: of the activation, empty where it stays as it is.
-    lowering: how the product is computed.
+    format: of the stored parameter. beside: what it holds beside its codes, an input scale or
+    factors of low rank. term_flops: of products with the latter. act: of the activation, empty
+    where it stays as it is. lowering: how the product is computed.
     """
 
     path: str
@@ -34,6 +35,8 @@ class Site:
     groups: int = 1
     layers: int = 0
     format: str = "float32"
+    beside: str = ""
+    term_flops: int = 0
     act: str = ""
     lowering: str = "float"
 

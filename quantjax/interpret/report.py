@@ -42,8 +42,9 @@ class Report:
 
     @property
     def flops(self) -> int:
-        """Of all products, those of two activations included."""
-        return sum(s.flops for s in self.sites) + sum(r.flops for r in self.remarks)
+        """Of all products, those of two activations and of low-rank factors included."""
+        products = sum(s.flops + s.term_flops for s in self.sites)
+        return products + sum(r.flops for r in self.remarks)
 
     @property
     def low_precision_share(self) -> float:
@@ -68,12 +69,12 @@ class Report:
         return (
             site.path,
             site.primitive,
-            f"{site.format} {shape}",
+            ", ".join(filter(None, (f"{site.format} {shape}", site.beside))),
             site.act or "as they are",
             ", ".join(map(str, site.contracting)) or "-",
             site.lowering,
             str(site.calls),
-            f"{site.flops / 1e6:.3g}",
+            f"{(site.flops + site.term_flops) / 1e6:.3g}",
             f"{stored.bytes:,}" if stored else "-",
             f"{stored.bytes / max(stored.float32_bytes, 1):.0%}" if stored else "-",
         )

@@ -18,6 +18,7 @@ from quantjax.affine import Scales
 from quantjax.blocks import whole
 from quantjax.formats import IntFormat
 from quantjax.interpret import jax_compat as compat
+from quantjax.interpret.beside import taken_apart
 from quantjax.interpret.param import Param
 from quantjax.interpret.rounded import keeps_floats
 from quantjax.observers import Grid, magnitude
@@ -95,7 +96,8 @@ class Watch:
         """The state after the product of one layer."""
         if keeps_floats(met.eqn):
             return state
-        x = compat.gathered(lax.stop_gradient(met.activation).astype(jnp.float32))
+        met_codes = taken_apart(*met).activation  # scaled, where the leaf has an input scale
+        x = compat.gathered(lax.stop_gradient(met_codes).astype(jnp.float32))
         layer = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, slot, keepdims=False), state)
 
         def later() -> Any:

@@ -69,11 +69,14 @@ def plan_dot(q: QTensor, act: QuantSpec, numbers: DimensionNumbers, rows: int) -
     return Plan(Lowering.FLOAT, reason) if reason else Plan(Lowering.GROUPS)
 
 
+BESIDE = "an input scale or low-rank factors beside the codes"
 LONGEST = 2**16  # terms of 255 * 128 whose sum fits int32
 
 
 def no_integers(q: QTensor, act: QuantSpec, terms: int) -> str:
     """Why formats, or the number of terms, rule a product of integers out; empty if they do not."""
+    if not q.is_bare:
+        return BESIDE
     if not isinstance(q.format, IntFormat) or not isinstance(act.format, IntFormat):
         return f"{q.format} with activations in {act.format}"
     if not act.format.has_zero:
@@ -106,6 +109,8 @@ _FP8 = {
 def _no_fp8(q: QTensor, act: QuantSpec, summed: Sequence[int]) -> str:
     if q.format not in _FP8 or act.format not in _FP8:
         return f"{q.format} with activations in {act.format}"
+    if not q.is_bare:
+        return BESIDE
     if isinstance(q.scale, QTensor):
         return "a quantized scale"
     blocks = counts(q.shape, q.block)

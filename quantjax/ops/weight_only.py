@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 from quantjax.affine import dequantize_array, zero_cotangent
 from quantjax.ops.blocked import blocked_dot, fits_blocks
 from quantjax.ops.digits import digits_dot, digits_pay, no_digits
+from quantjax.ops.dot import BESIDE
 from quantjax.ops.forms import DimensionNumbers
 from quantjax.ops.thresholds import (
     BLOCK_ROWS,
@@ -45,6 +46,8 @@ def fits_weight_only(
     (cx, cw), (bx, _) = dimension_numbers
     rows = math.prod(n for a, n in enumerate(x.shape) if a not in cx)
     axes, first = tuple(sorted(cw)), tuple(range(len(cw)))
+    if not q.is_bare:
+        return BESIDE
     if bx:
         return "batch axes"
     if axes not in (first, tuple(a + q.ndim - len(cw) for a in first)) or not cw:

@@ -123,7 +123,7 @@ def is_leaf(x: Any) -> bool:
 def skeleton(leaf: Any, name: str) -> Any:
     """The leaf without its bytes. Raises ValueError for what cannot be stored."""
     if isinstance(leaf, QTensor):
-        children = {c: getattr(leaf, c) for c in (*_CHILDREN, *_ACT_CHILDREN)}
+        children = {c: getattr(leaf, c) for c in (*_CHILDREN, *_LATER)}
         for child, value in children.items():
             if value is not None:
                 part = f"{name}.{child}" if name else child
@@ -147,7 +147,9 @@ def skeleton(leaf: Any, name: str) -> Any:
 
 
 _CHILDREN = ("qvalue", "scale", "zero_point", "codebook")
-_ACT_CHILDREN = ("act_scale", "act_zero_point")  # named in a file only where they are there
+_ACT_CHILDREN = ("act_scale", "act_zero_point")
+_BESIDE = ("input_scale", "left", "right")
+_LATER = (*_ACT_CHILDREN, *_BESIDE)  # named in a file only where they are there
 
 
 def function_name(function: Any) -> str:
@@ -190,7 +192,7 @@ def check_qtensor(q: QTensor) -> None:
 
     Asked when saving and again when loading, so what is written can be read.
     """
-    for name in (*_CHILDREN[1:], *_ACT_CHILDREN):
+    for name in (*_CHILDREN[1:], *_LATER):
         child = getattr(q, name)
         fits = isinstance(child, Buffer) and child.holder in _PLAIN
         if child is not None and not fits and not (name == "scale" and isinstance(child, QTensor)):
@@ -233,6 +235,32 @@ def check_qtensor(q: QTensor) -> None:
                 f"{name}: expected an act, and one entry per leading axis, {lead}; got act {q.act} "
                 f"and shape {child.shape}"
             )
+    _check_beside(q)
+
+
+def _check_beside(q: QTensor) -> None:
+    """Raises ValueError unless what stands beside the codes has the axes of the array."""
+    if (q.left is None) != (q.right is None):
+        raise ValueError("left, right: expected both low-rank factors, or none")
+    shape, lead = q.shape, q.ndim - len(q.block)
+    for name in _BESIDE:
+        child = getattr(q, name)
+        if child is None:
+            continue
+        own = child.shape if name == "input_scale" else child.shape[:-1]
+        fits = child.ndim == q.ndim + (name != "input_scale") and own[:lead] == shape[:lead]
+        if not fits or any(n not in (1, full) for n, full in zip(own, shape, strict=True)):
+            rank = "" if name == "input_scale" else " and a rank"
+            raise ValueError(
+                f"{name}: expected axes of {shape}{rank}, of length one where it is constant and "
+                f"whole along the first {lead}, got shape {child.shape}"
+            )
+        if not jnp.issubdtype(child.dtype, jnp.floating):
+            raise ValueError(f"{name}: expected floats, got {child.dtype}")
+    if q.left is not None and q.right is not None and q.left.shape[-1] != q.right.shape[-1]:
+        raise ValueError(
+            f"left, right: expected one rank, got {q.left.shape[-1]} and {q.right.shape[-1]}"
+        )
 
 
 def to_json(leaf: Any) -> dict[str, Any]:
@@ -249,7 +277,7 @@ def to_json(leaf: Any) -> dict[str, Any]:
             }
         case QTensor():
             children = {c: getattr(leaf, c) for c in _CHILDREN}
-            later = {c: getattr(leaf, c) for c in _ACT_CHILDREN}
+            later = {c: getattr(leaf, c) for c in _LATER}
             children |= {c: child for c, child in later.items() if child is not None}
             return {
                 "kind": "qtensor",
@@ -321,7 +349,7 @@ def _read_buffer(data: dict[str, Any], name: str, holder: str, digest: str) -> B
 
 def _read_qtensor(data: dict[str, Any]) -> QTensor:
     children: dict[str, Any] = {}
-    for child in (*_CHILDREN, *_ACT_CHILDREN):
+    for child in (*_CHILDREN, *_LATER):
         children[child] = None if data.get(child) is None else from_json(data[child])
     packed = data.get("packed")
     if packed is not None:

@@ -165,6 +165,8 @@ def _row(name: str, leaf: Any, reference: Any, decision: Resolution | None) -> R
         format=str(leaf.format),
         scale=_scale_format(leaf.scale),
         act="" if leaf.act is None else str(leaf.act.format),
+        input_scale=leaf.input_scale is not None,
+        rank=leaf.rank,
         block=leaf.block,
         granularity=granularity(shape, leaf.block),
         dtype=dtype,

@@ -11,10 +11,11 @@ class Row:
 
     shape: of the array it stands for; None for a leaf that is no array. format: of the codes, or
     the dtype of a leaf that is not quantized. scale: how scales are stored; act: the format of
-    the activation that meets this weight. block: the block shape, counted from the last axis;
-    granularity: the same in words. dtype: of the (dequantized) array. bytes: codes, scales, zero
-    points and codebook. sqnr_db: 10 log10(sum x^2 / sum (x - xhat)^2), infinite where both are
-    equal. nan_blocks, infinite_blocks, zero_blocks: how many blocks have such a scale. matched:
+    the activation that meets this weight. input_scale: whether there is one; rank: of the low-rank
+    term, 0 without one. block: the block shape, counted from the last axis;
+    granularity: the same in words. dtype: of the (dequantized) array. bytes: codes, scales and
+    whatever else the leaf holds. sqnr_db: 10 log10(sum x^2 / sum (x - xhat)^2), infinite where both
+    are equal. nan_blocks, infinite_blocks, zero_blocks: how many blocks have such a scale. matched:
     the pattern or preset that decided. note: why it is not quantized, or what was assumed.
     """
 
@@ -23,6 +24,8 @@ class Row:
     format: str = ""
     scale: str = ""
     act: str = ""
+    input_scale: bool = False
+    rank: int = 0
     block: tuple[int | None, ...] | None = None
     granularity: str = ""
     dtype: str = ""

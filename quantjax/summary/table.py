@@ -50,6 +50,8 @@ def _format(row: Row) -> str:
     text = row.format or "-"
     if row.scale not in ("", "float32"):
         text += f" x {row.scale}"
+    text += " x inputs" if row.input_scale else ""
+    text += f" + rank {row.rank}" if row.rank else ""
     return f"{text}, act {row.act}" if row.act else text
 
 

@@ -1,5 +1,7 @@
 """Do meshes, layouts and the options of a product survive interception?"""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -147,6 +149,31 @@ def test_a_constraint_reaches_codes_and_scales(name):
     (remark,) = intercept(apply).report(q, X).remarks
     assert remark.primitive == ("sharding_constraint" if codes is None else "reduce_sum")
     got, expected = jax.jit(intercept(apply))(q, X), jax.jit(apply)(qj.dequantize(q), X)
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_constraint_reaches_what_stands_beside_the_codes():
+    """The mesh cuts it where it varies along the axis, and lays the rest everywhere."""
+    sharding = NamedSharding(mesh(), P(None, "data", "model"))
+
+    def apply(p, x):
+        return jnp.einsum("bi,lio->lbo", x, lax.with_sharding_constraint(p["kernel"], sharding))
+
+    q = qj.quantize({"kernel": STACK}, qj.Policy([("kernel", W4)]))["kernel"]
+    q = dataclasses.replace(
+        q,
+        input_scale=1 + normal(4, 16, 1) ** 2,
+        left=normal(4, 16, 1, 2),
+        right=normal(4, 1, 24, 2),
+    )
+    traced = jax.make_jaxpr(intercept(apply))({"kernel": q}, X)
+    laid = [e for e in traced.jaxpr.eqns if e.primitive.name == "sharding_constraint"]
+    found = {e.invars[0].aval.shape: e.params["sharding"].spec for e in laid}
+    assert found[4, 16, 1] == P(None, "data", None)
+    assert found[4, 16, 1, 2] == P(None, "data", None, None)
+    assert found[4, 1, 24, 2] == P(None, None, "model", None)
+    got = jax.jit(intercept(apply))({"kernel": q}, X)
+    expected = apply(qj.dequantize({"kernel": q}), X)
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
 
 

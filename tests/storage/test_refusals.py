@@ -1,6 +1,7 @@
 """Is a tree that cannot be stored, or does not fit `like`, refused by the name of the leaf?"""
 
 import os
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from quantjax.qtensor import QTensor
 from quantjax.spec import QuantSpec
 from quantjax.storage import load, save
 
-from .trees import ACT, normal, quantized
+from .trees import ACT, BESIDE, normal, quantized
 
 
 def test_like_names_all_that_differs(tmp_path):
@@ -67,6 +68,11 @@ def test_like_with_a_qtensor_where_the_file_is_float(tmp_path):
         (QTensor(normal(2, 2), normal(2, 2), format=IntFormat(8), block=(1, 1)), "qvalue: .*int8"),
         (QTensor(jnp.zeros((2, 2), jnp.int8), normal(3, 1), format=IntFormat(8), block=(1, 1)),
          r"scale: expected one per block, \(2, 2\), got shape \(3, 1\)"),
+        (replace(BESIDE, input_scale=jnp.ones((3, 4))), r"input_scale: expected axes of \(3, 4, 5"),
+        (replace(BESIDE, input_scale=jnp.ones((1, 4, 1))), "input_scale: .* along the first 1"),
+        (replace(BESIDE, input_scale=jnp.ones((3, 4, 1), int)), "input_scale: expected floats"),
+        (replace(BESIDE, right=None), "left, right: expected both low-rank factors"),
+        (replace(BESIDE, right=jnp.ones((3, 1, 5, 3))), "expected one rank, got 2 and 3"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_stored_is_named(tmp_path, leaf, message):

@@ -32,7 +32,7 @@ from quantjax.storage import load, save
 from quantjax.storage.leaves import DTYPES
 from quantjax.storage.statics import _CLASSES
 
-from .trees import assert_same, normal, quantized, quantized_shape, random_bits
+from .trees import BESIDE, assert_same, normal, quantized, quantized_shape, random_bits
 
 FORMATS = (
     [(IntFormat(bits), {}) for bits in range(2, 9)]
@@ -62,6 +62,26 @@ def test_round_trip_of_every_format_granularity_and_dtype(tmp_path, format, opti
     save(tmp_path / "q", tree)
     assert_same(load(tmp_path / "q"), tree)
     assert_same(load(tmp_path / "q", like=tree), tree)
+
+
+def test_what_stands_beside_the_codes_comes_back(tmp_path):
+    """Whole and in part; a file without it names nothing of it, as before."""
+    q = BESIDE
+    tree = {
+        "all": q,
+        "scaled": dataclasses.replace(q, left=None, right=None),
+        "corrected": dataclasses.replace(q, input_scale=None),
+        "layer": jax.tree.map(lambda a: a[1], q),
+    }
+    save(tmp_path / "q", tree)
+    assert_same(load(tmp_path / "q"), tree)
+    assert_same(load(tmp_path / "q", like=tree), tree)
+    for name, stored in load(tmp_path / "q").items():
+        assert_same(dequantize_array(stored), dequantize_array(tree[name]))
+    with pytest.raises(storage.StructureMismatch, match="the same children"):
+        load(tmp_path / "q", like=tree | {"all": q.bare})
+    save(tmp_path / "bare", q.bare)
+    assert b"input_scale" not in (tmp_path / "bare").read_bytes()
 
 
 def test_the_values_are_those_that_were_quantized(tmp_path):

@@ -69,6 +69,16 @@ ACT = QuantSpec(format=IntFormat(8), block=Granularity.ROW, observer=percentile(
 
 NESTED = QTensor(codes(3, 4), jnp.ones((1, 1)), format=FloatFormat(4, 3), block=(None, None))
 
+BESIDE = QTensor(  # an input scale and factors of rank 2, for each of three layers
+    codes(3, 4, 5, dtype=jnp.int8),
+    jnp.ones((3, 1, 5)),
+    input_scale=jnp.arange(12.0).reshape(3, 4, 1),
+    left=jnp.arange(24, dtype=jnp.bfloat16).reshape(3, 4, 1, 2),
+    right=jnp.arange(30.0).reshape(3, 1, 5, 2),
+    format=IntFormat(8),
+    block=(None, 1),
+)
+
 TREE = {
     "a": QTensor(codes(3, 4), NESTED, format=IntFormat(4), block=(2, 1), packed=(-2, 6), act=ACT),
     "b": [jnp.arange(5, dtype=jnp.bfloat16), None, "text", 1.5],

@@ -94,6 +94,17 @@ def test_formats_of_scales_and_activations_are_shown():
     assert "int4, act int8" in str(summary(qj.quantize(w, "w4a8")))
 
 
+def test_what_stands_beside_the_codes_is_shown_and_counts():
+    q = qj.quantize({"kernel": jax.random.normal(jax.random.key(0), (64, 8))}, "w8")["kernel"]
+    scaled = dataclasses.replace(q, input_scale=jnp.ones((64, 1)))
+    corrected = dataclasses.replace(q, left=jnp.ones((64, 1, 2)), right=jnp.ones((1, 8, 2)))
+    report = summary({"a": scaled, "b": corrected})
+    assert row(report, "a").input_scale and row(report, "b").rank == 2
+    assert row(report, "a").bytes == 64 * 8 + 8 * 4 + 64 * 4
+    assert row(report, "b").bytes == 64 * 8 + 8 * 4 + (64 + 8) * 2 * 4
+    assert "int8 x inputs" in str(report) and "int8 + rank 2" in str(report)
+
+
 def test_dtypes_that_differ_are_noted():
     w = {"a": jnp.ones((4, 4), jnp.bfloat16), "c": jnp.ones((4, 4)), "d": jnp.ones((4, 4))}
     text = str(summary(qj.quantize(w, "w8")))
