@@ -7,8 +7,6 @@ a step costs one product of matrices. `reconstruct` is the same through whatever
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +16,7 @@ from jaxtyping import Array, Float
 from quantjax.affine import find_scales
 from quantjax.formats import Format
 from quantjax.policy import Policy, Resolved
+from quantjax.ptq.gptq import gptq_matrix
 from quantjax.ptq.layerwise import Layerwise, Problem
 from quantjax.ptq.matrix import Cells, on_grid
 from quantjax.ptq.soft_rounding import (
@@ -30,10 +29,11 @@ from quantjax.ptq.soft_rounding import (
     softened,
     start_at,
 )
+from quantjax.ptq.sweep import each_cell, sweep
 from quantjax.qtensor import QTensor
 
 # O outputs, I inputs
-SWEEPS, COLUMNS = 2, 128  # of the descent that ends it; how many columns it takes together
+SWEEPS = 2  # of the descent that ends it
 STEPS = Anneal(1000)
 
 
@@ -65,15 +65,15 @@ def adaround_matrix(
     where they are the same. Every weight is soft between its two neighbours, v = low +
     h(V) (high - low), and V follows the gradient 2 (v H - w E[f x']) and a push to one of the two;
     the loss of every output counts in units of what plain rounding loses. Then two sweeps of
-    coordinate descent over all levels, from there and from rounding to nearest: each weight takes
-    the best one given all others. Every output takes the better of the two ends.
+    coordinate descent over all levels, from there, from what GPTQ finds and from rounding to
+    nearest: each weight takes the best one given all others. Every output takes the best end.
 
     >>> from quantjax.formats import IntFormat
     >>> w, h = jnp.array([[0.4, 0.4, 0.4]]), jnp.ones((3, 3)) + 0.01 * jnp.eye(3)  # x1 = x2 = x3
     >>> adaround_matrix(w, h, Cells(jnp.ones((1, 1))), IntFormat(4)).sum()  # not 0: 1.2 was meant
     Array(1., dtype=float32)
     """
-    cells = _each_row(lambda x: jnp.broadcast_to(x, w_OI.shape), cells)
+    cells = each_cell(lambda x: jnp.broadcast_to(x, w_OI.shape), cells)
     nearest_OI = on_grid(w_OI, cells, format)
     r_OI = None
     if cross_II is not None:
@@ -94,23 +94,18 @@ def adaround_matrix(
     v = start_at(w_OI, between)
     v, _ = lax.fori_loop(0, anneal.steps, step, (v, adam_start(v)))
     # Outputs are independent: every start of one is an output of a larger problem.
-    starts = [nearest_OI, hardened(v, between)]
+    swept_OI = gptq_matrix(w_OI, h_II, cells, format).q_OI
+    starts = [nearest_OI, swept_OI, hardened(v, between)]
 
     def each(x: jax.Array) -> jax.Array:
         return jnp.concatenate([x] * len(starts))
 
-    w_SI, r_SI, own = each(w_OI), None if r_OI is None else each(r_OI), _each_row(each, cells)
+    w_SI, r_SI, own = each(w_OI), None if r_OI is None else each(r_OI), each_cell(each, cells)
     found_SI = descended(jnp.concatenate(starts), w_SI, h_II, r_SI, own, format)
     errors_NO = output_error(found_SI, w_SI, h_II, r_SI).reshape(len(starts), -1)
     best_1OI = jnp.argmin(errors_NO, axis=0)[None, :, None]
     found_NOI = found_SI.reshape(len(starts), *w_OI.shape)
     return jnp.take_along_axis(found_NOI, best_1OI, axis=0)[0]
-
-
-def _each_row(of: Callable[[jax.Array], jax.Array], cells: Cells) -> Cells:
-    """The cells with what `of` makes of the arrays that have rows."""
-    zero = None if cells.zero_point is None else of(cells.zero_point.astype(jnp.float32))
-    return Cells(of(cells.scale), zero, cells.codebook)
 
 
 def descended(
@@ -121,45 +116,20 @@ def descended(
     cells: Cells,
     format: Format,
 ) -> Float[Array, "o i"]:
-    """v after sweeps of coordinate descent: column by column the best levels given the others,
-    those nearest to v_i - (e H - r)_i / H_ii. The error never rises. `cells` are of v's shape."""
-    o, i = v_OI.shape
-    k = min(i, COLUMNS)
-    more = -i % k
-
-    def padded(x: jax.Array) -> jax.Array:
-        return jnp.pad(x, ((0, 0), (0, more)))
-
-    slope_OI = jnp.matmul(v_OI - w_OI, h_II, precision="highest")
-    slope_OI = padded(slope_OI if r_OI is None else slope_OI - r_OI)
-    h_II = jnp.pad(h_II, ((0, more), (0, more)))
-    cells = _each_row(padded, cells)  # a scale of 0 makes a level of 0 of what is padded
-
-    def column(t: jax.Array, state: tuple) -> tuple:
-        v_OK, slope_OK, h_KK, block_cells = state
-        own = _each_row(lambda x: x[:, t], block_cells)
-        curve = h_KK[t, t]
-        wanted = v_OK[:, t] - slope_OK[:, t] / jnp.where(curve > 0, curve, 1)
-        new = jnp.where(curve > 0, on_grid(wanted, own, format), v_OK[:, t])
-        slope_OK = slope_OK + (new - v_OK[:, t])[:, None] * h_KK[t]
-        return v_OK.at[:, t].set(new), slope_OK, h_KK, block_cells
-
-    def block(j: jax.Array, state: tuple) -> tuple:
-        v_OI, slope_OI = state
-        first = (j % (h_II.shape[0] // k)) * k
-
-        def cut(x: jax.Array) -> jax.Array:
-            return lax.dynamic_slice_in_dim(x, first, k, 1)
-
-        h_KI = lax.dynamic_slice_in_dim(h_II, first, k, 0)
-        start = (cut(v_OI), cut(slope_OI), cut(h_KI), _each_row(cut, cells))
-        v_OK = lax.fori_loop(0, k, column, start)[0]
-        change_OI = jnp.matmul(v_OK - cut(v_OI), h_KI, precision="highest")
-        v_OI = lax.dynamic_update_slice_in_dim(v_OI, v_OK, first, 1)
-        return v_OI, slope_OI + change_OI
-
-    blocks = SWEEPS * (h_II.shape[0] // k)
-    return lax.fori_loop(0, blocks, block, (padded(v_OI), slope_OI))[0][:, :i]
+    """v after sweeps of coordinate descent: weight by weight the best level given all others, that
+    nearest to v_j - (e H - r)_j / H_jj. The error never rises. `cells` are of v's shape."""
+    curve_I1 = jnp.diagonal(h_II)[:, None]
+    seen_I1 = curve_I1 > 0  # an input that was never seen leaves its weight as it is
+    inverse_I1 = jnp.where(seen_I1, 1 / jnp.where(seen_I1, curve_I1, 1), 0)
+    f_II = h_II * inverse_I1.T
+    w_IO, v_IO, cells = w_OI.T, v_OI.T, each_cell(jnp.transpose, cells)
+    moved_IO = w_IO if r_OI is None else w_IO + r_OI.T * inverse_I1
+    for _ in range(SWEEPS):
+        # A sweep goes from the last weight to the first; of those before it, it sees the old ones.
+        old_IO = jnp.matmul(jnp.triu(f_II, 1).T, w_IO - v_IO, precision="highest")
+        base_IO = jnp.where(seen_I1, moved_IO + old_IO, v_IO)
+        v_IO, _ = sweep(base_IO, w_IO, f_II, curve_I1[:, 0], cells, format)
+    return v_IO.T
 
 
 @functools.partial(jax.jit, static_argnames=("format", "anneal"))
@@ -178,7 +148,7 @@ class AdaRound:
     """The solver of one parameter; see `adaround`."""
 
     anneal: Anneal = STEPS
-    paired: ClassVar[bool] = True
+    paired: bool = True
 
     def __call__(self, problem: Problem) -> QTensor:
         """The parameter with every weight rounded the better way."""

@@ -70,7 +70,9 @@ class Solver(Protocol):
     """A frozen, hashable value that settles one parameter. paired: whether it uses E[f x'], the
     moments between what the float model and the quantized one have there."""
 
-    paired: bool
+    @property
+    def paired(self) -> bool:
+        """See above."""
 
     def __call__(self, problem: Problem, /) -> QTensor:
         """The parameter, quantized as its spec says."""

@@ -112,7 +112,7 @@ class Anneal:
 class Adam(NamedTuple):
     """The optimizer's state: how many steps, and the moving averages of gradients and squares."""
 
-    count: Float[Array, ""]
+    steps: Float[Array, ""]
     mean: Any
     square: Any
 
@@ -126,7 +126,7 @@ def adam_start(x: Any) -> Adam:
 def adam(x: Any, gradient: Any, state: Adam, rate: Any) -> tuple[Any, Adam]:
     """One step at this rate, a number or one for each array; decays 0.9 and 0.99, the latter faster
     than usual as there are few steps."""
-    n = state.count + 1
+    n = state.steps + 1
     mean = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, state.mean, gradient)
     square = jax.tree.map(lambda s, g: 0.99 * s + 0.01 * g * g, state.square, gradient)
     unbias = jnp.sqrt(1 - 0.99**n) / (1 - 0.9**n)
@@ -134,6 +134,6 @@ def adam(x: Any, gradient: Any, state: Adam, rate: Any) -> tuple[Any, Adam]:
     def moved(x: Any, m: Any, s: Any, rate: Any) -> Any:
         return x - rate * unbias * m / (jnp.sqrt(s) + 1e-12)
 
-    if not isinstance(rate, float | int):
-        return jax.tree.map(moved, x, mean, square, rate), Adam(n, mean, square)
-    return jax.tree.map(lambda *a: moved(*a, rate), x, mean, square), Adam(n, mean, square)
+    if isinstance(rate, float):
+        rate = jax.tree.map(lambda _: rate, x)
+    return jax.tree.map(moved, x, mean, square, rate), Adam(n, mean, square)
