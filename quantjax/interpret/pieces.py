@@ -13,7 +13,7 @@ from quantjax.interpret.evaluate import Machine
 from quantjax.interpret.intercept import is_array
 from quantjax.interpret.program import Leaf, flatten
 from quantjax.interpret.record import Record
-from quantjax.interpret.segments import Compiled, Label, Segment, cut
+from quantjax.interpret.segments import Label, Segment, compiled, cut
 
 Stream = list[dict[int, jax.Array]]  # for each batch, by id, the values at a boundary
 Leaves = Callable[[Leaf], Any]  # the array or QTensor of one layer of a parameter
@@ -38,7 +38,6 @@ class Pieces:
         batches: Iterable[Any],
         label: Callable[[Leaf], Label | None],
     ) -> None:
-        self._compiled = Compiled()
         self._arrays: list[list[Any]] = []
         self._segments: list[tuple[Segment, ...]] = []
         self._first: list[tuple[int, ...]] = []
@@ -103,7 +102,7 @@ class Pieces:
         def make() -> Callable[..., Any]:
             return lambda *args: function(segment, *args)
 
-        return self._compiled(kind, segment, make)(held, constants, *inputs, *extra)
+        return compiled(kind, segment, make)(held, constants, *inputs, *extra)
 
     def advance(self, k: int, stream: Stream, leaves: Leaves) -> Stream:
         """The stream after piece k with these parameters. What no later piece reads is dropped."""

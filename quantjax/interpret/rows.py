@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
@@ -25,17 +26,23 @@ class Rows(NamedTuple):
     mine_BT: Bool[Array, "#b t"] | None = None
 
 
-def rows_of(eqn: Any, inputs: Sequence[Any], side: int) -> Rows | None:
+def rows_of(eqn: Any, inputs: Sequence[Any], side: int, most: int | None = None) -> Rows | None:
     """The rows of the activation in a product whose parameter is operand `side`; None for a kind
-    of product whose rows are not known."""
+    of product whose rows are not known.
+
+    most: so many of them are enough, spread over all. Those of experts are kept, as few of them may
+    be one expert's.
+    """
     x, name = inputs[1 - side], eqn.primitive.name
     if name == DOT:
         summed, shared = eqn.params["dimension_numbers"]
-        return Rows(_matrices(x, shared[1 - side], summed[1 - side]))
+        x_BTI = _matrices(x, shared[1 - side], summed[1 - side])
+        chosen = _chosen(x_BTI.shape[1], most)
+        return Rows(x_BTI if chosen is None else x_BTI[:, chosen])
     if side == 0:
         return None
     if name == CONV:
-        return _windows(eqn.params, x, inputs[1].shape)
+        return _windows(eqn.params, x, inputs[1].shape, most)
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     (summed, _), (shared, _) = numbers.dot_dimension_numbers
     ragged = tuple(numbers.lhs_ragged_dimensions)
@@ -62,22 +69,39 @@ def _experts(x: jax.Array, ragged: int, summed: Sequence[int], sizes: jax.Array)
     return Rows(x_1TI, jnp.repeat(mine, each, axis=1))
 
 
-def _windows(params: dict[str, Any], image: jax.Array, kernel: tuple[int, ...]) -> Rows | None:
+def _chosen(t: int, most: int | None) -> np.ndarray | None:
+    """So many of t rows; None for all. One from each of as many equal stretches, at a place that
+    moves by the golden ratio: steps of one length could meet the same column of every image."""
+    if most is None or t <= most:
+        return None
+    i = np.arange(most)
+    return i * t // most + (i * 0.6180339887498949 % 1 * (t // most)).astype(int)
+
+
+def _windows(
+    params: dict[str, Any], image: jax.Array, kernel: tuple[int, ...], most: int | None
+) -> Rows | None:
     """What the window sees at each place, as (input, window) of each group of channels."""
     numbers, groups = params["dimension_numbers"], params["feature_group_count"]
     if params["batch_group_count"] != 1:
         return None
     n, c, *places = numbers.lhs_spec
     x = jnp.transpose(image, (n, *places, c))
-    gaps = [
-        (low, high, d - 1)
-        for (low, high), d in zip(params["padding"], params["lhs_dilation"], strict=True)
-    ]
-    x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *gaps, (0, 0, 0)])
+    pads = zip(params["padding"], params["lhs_dilation"], strict=True)
+    config = [(0, 0, 0), *((low, high, d - 1) for (low, high), d in pads), (0, 0, 0)]
+    x = lax.pad(x, jnp.zeros((), x.dtype), config)
     size = tuple(kernel[a] for a in numbers.rhs_spec[2:])
     window = Window(size, tuple(params["window_strides"]), tuple(params["rhs_dilation"]))
-    axes = range(1, x.ndim - 1)
-    parts = [seen(x, place, axes, window) for place in itertools.product(*map(range, size))]
+    shape = (x.shape[0], *window.places(x.shape[1:-1]))
+    chosen, axes = _chosen(math.prod(shape), most), range(1, x.ndim - 1)
+    parts = []
+    for place in itertools.product(*map(range, size)):
+        if chosen is None:
+            parts.append(seen(x, place, axes, window))
+            continue
+        example, *at = np.unravel_index(chosen, shape)
+        moves = zip(at, window.strides, place, window.dilation, strict=True)
+        parts.append(x[(example, *(a * s + k * d for a, s, k, d in moves))])
     x_TCK = jnp.stack(parts, -1).reshape(-1, x.shape[-1], len(parts))
     x_TGI = x_TCK.reshape(x_TCK.shape[0], groups, -1)
     return Rows(jnp.moveaxis(x_TGI, 1, 0))

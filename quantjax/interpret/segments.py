@@ -5,6 +5,7 @@ that depend on parameters and constants alone (casts, tables of angles) belong t
 needs them. Segments of one shape, as the layers of a network are, compile once."""
 
 import dataclasses
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -258,15 +259,20 @@ def _text(x: Any) -> Hashable:
     return repr(x)
 
 
-class Compiled:
-    """Compiled functions of segments, one for all of equal key. Mutable: a cache."""
+_MADE: OrderedDict[Hashable, Callable[..., Any]] = OrderedDict()
+_KEPT = 512  # programs; a network has a few for each kind of layer
 
-    def __init__(self) -> None:
-        self._made: dict[Hashable, Callable[..., Any]] = {}
 
-    def __call__(self, kind: Hashable, segment: Segment, make: Callable[[], Any]) -> Any:
-        """jit(make()) of the first segment like this one, for this kind of function."""
-        key = (kind, segment.key)
-        if key not in self._made:
-            self._made[key] = jax.jit(make())
-        return self._made[key]
+def compiled(kind: Hashable, segment: Segment, make: Callable[[], Callable[..., Any]]) -> Any:
+    """jit(make()) of the first segment that computes what this one does, for this kind of function.
+
+    Kept from call to call, as one network is quantized in many ways. What a key names by identity
+    lives as long as its program, so that no other object can have that identity.
+    """
+    key = (kind, segment.key)
+    if key not in _MADE:
+        _MADE[key] = jax.jit(make())
+    _MADE.move_to_end(key)
+    while len(_MADE) > _KEPT:
+        _MADE.popitem(last=False)
+    return _MADE[key]

@@ -7,7 +7,7 @@ arXiv:2210.17323, section 4). One pass in all; the moments of one parameter at a
 import dataclasses
 import warnings
 from collections import Counter
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -87,12 +87,16 @@ class Layerwise:
     whose products are of a kind that is not known are rounded to nearest, the latter with a
     warning. Warns as well where no sample comes to an expert. A parameter that is used in several
     places takes the moments of all, in the float model, and is settled at the first.
+    rows: how many inputs a parameter looks at for each weight of one output, over all batches. A
+    convolution has far more, as its windows overlap; their moments cost more than the model. None
+    for all.
     Raises ValueError, naming the parameter and the batch, for NaN or infinity in activations.
     """
 
     policy: Policy | Resolved | str
     solver: Solver
     sequential: bool = True
+    rows: int | None = 128
 
     def __call__(self, run: Run) -> Run:
         run.floats_only(type(self.solver).__name__)
@@ -158,6 +162,10 @@ class _Task:
     def layers(self) -> tuple[int, ...]:
         return tuple(self.w.shape[: self.spec.stacked])
 
+    @property
+    def inputs(self) -> int:
+        return self.form.sizes(self.w.shape)[2]
+
     def start(self, *, cross: bool) -> State:
         return start(self.form.sizes(self.w.shape), self.layers, cross=cross)
 
@@ -198,7 +206,12 @@ def _settle(
     leaves = (as_now, in_float)
     tasks = {x: _task(x, forms, resolved, now) for labels in order for x in labels}
     paired = method.sequential and method.solver.paired
-    seen = _seen_apart(pieces, order, tasks, in_float)
+    batches = pieces.batches
+
+    def most(x: Leaf) -> int | None:
+        return method.rows and -(-method.rows * tasks[x].inputs // batches)
+
+    seen = _seen_apart(pieces, order, tasks, in_float, most)
     stream = float_stream = pieces.start()
     for k, labels in enumerate(order):
         for x in labels:
@@ -210,7 +223,7 @@ def _settle(
                     alone = paired and not tasks[x].layers and pieces.segment(k).is_plain(x)
                     state = tasks[x].start(cross=alone)
                     state = observed(
-                        pieces, k, x, state, tasks[x].layers, leaves, stream,
+                        pieces, k, x, state, tasks[x].layers, most(x), leaves, stream,
                         float_stream if alone else None,
                     )  # fmt: skip
                 done[x] = run.note(x.name, _solved(method.solver, tasks[x].problem(state)))
@@ -234,6 +247,7 @@ def _seen_apart(
     order: Sequence[Sequence[Leaf]],
     tasks: Mapping[Leaf, _Task],
     in_float: Leaves,
+    most: Callable[[Leaf], int | None],
 ) -> dict[Leaf, State]:
     """The moments of parameters that are used in several pieces, all in the float model."""
     counts = Counter(x for labels in order for x in labels)
@@ -242,7 +256,7 @@ def _seen_apart(
     for k, labels in enumerate(order) if found else ():
         for x in labels:
             if x in found:
-                own = (found[x], tasks[x].layers, (in_float, in_float), stream, None)
+                own = (found[x], tasks[x].layers, most(x), (in_float, in_float), stream, None)
                 found[x] = observed(pieces, k, x, *own)
         stream = pieces.advance(k, stream, in_float)
     return found

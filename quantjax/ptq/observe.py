@@ -21,14 +21,15 @@ from quantjax.ptq.moments import Moments, add_rows, no_moments
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Gather:
-    """Adds the rows of every product to the moments of its layer. floats: the rows of the same
-    products in the float model, in order, if they are known."""
+    """Adds the rows of every product, at most so many, to the moments of its layer. floats: the
+    rows of the same products in the float model, in order, if they are known."""
 
     layers: tuple[int, ...]
+    most: int | None
     floats: list[Rows] | None = None
 
     def update(self, state: State, slot: jax.Array, met: Met) -> State:
-        rows = rows_of(met.eqn, met.inputs, met.side)
+        rows = rows_of(met.eqn, met.inputs, met.side, self.most)
         if rows is None:
             return state
         other = None if self.floats is None else self.floats.pop(0).x_BTI
@@ -39,13 +40,14 @@ class _Gather:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Collect:
-    """Keeps the rows of every product, in order; for products that no inner call holds."""
+    """Keeps rows of every product, in order; for products that no inner call holds."""
 
     rows: list[Rows]
+    most: int | None
     layers: tuple[int, ...] = ()
 
     def update(self, state: State, slot: jax.Array, met: Met) -> State:
-        rows = rows_of(met.eqn, met.inputs, met.side)
+        rows = rows_of(met.eqn, met.inputs, met.side, self.most)
         if rows is not None:
             self.rows.append(rows)
         return state
@@ -64,6 +66,7 @@ def observed(
     leaf: Leaf,
     state: State,
     layers: tuple[int, ...],
+    most: int | None,
     leaves: tuple[Leaves, Leaves],
     stream: Stream,
     float_stream: Stream | None,
@@ -72,18 +75,19 @@ def observed(
     leaves[0]; and, where that can be told product by product, what it sees beside them in the float
     model, with `float_stream` and leaves[1].
 
-    Raises ValueError, naming the parameter and the batch, for NaN or infinity.
+    most: how many rows of each batch are looked at. Raises ValueError, naming the parameter and the
+    batch, for NaN or infinity.
     """
     at = pieces.segment(k).leaves.index(leaf)
     extra: list[Any]
     for batch in range(pieces.batches):
         if float_stream is None:
-            step, streams, extra = functools.partial(_step, at, layers), [stream], [state]
+            step, streams, extra = functools.partial(_step, at, layers, most), [stream], [state]
         else:
             floats = [leaves[1](x) for x in pieces.segment(k, batch).leaves]
-            step = functools.partial(_paired_step, at)
+            step = functools.partial(_paired_step, at, most)
             streams, extra = [stream, float_stream], [state, floats]
-        kind = (step.func.__name__, at, layers)
+        kind = (step.func.__name__, at, layers, most)
         state = pieces.call(kind, k, batch, step, leaves[0], *streams, extra=extra)
         if not jax.device_get(state["finite"]).all():
             raise ValueError(
@@ -94,19 +98,19 @@ def observed(
 
 
 def _step(
-    at: int, layers: tuple[int, ...], segment: Segment, leaves: Any, constants: Any, inputs: Any,
-    state: State,
+    at: int, layers: tuple[int, ...], most: int | None, segment: Segment, leaves: Any,
+    constants: Any, inputs: Any, state: State,
 ) -> State:  # fmt: skip
-    return _watched(_Gather(layers), at, segment, leaves, constants, inputs, state)
+    return _watched(_Gather(layers, most), at, segment, leaves, constants, inputs, state)
 
 
 def _paired_step(
-    at: int, segment: Segment, leaves: Any, constants: Any, inputs: Any, float_inputs: Any,
-    state: State, floats: Any,
+    at: int, most: int | None, segment: Segment, leaves: Any, constants: Any, inputs: Any,
+    float_inputs: Any, state: State, floats: Any,
 ) -> State:  # fmt: skip
     rows: list[Rows] = []
-    _watched(_Collect(rows), at, segment, floats, constants, float_inputs, state)
-    return _watched(_Gather((), rows), at, segment, leaves, constants, inputs, state)
+    _watched(_Collect(rows, most), at, segment, floats, constants, float_inputs, state)
+    return _watched(_Gather((), most, rows), at, segment, leaves, constants, inputs, state)
 
 
 def _watched(

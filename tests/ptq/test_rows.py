@@ -129,3 +129,20 @@ def test_a_kind_of_product_whose_rows_are_not_known():
 
     eqn = jax.make_jaxpr(apply)(normal(3, 3, 2, 4), normal(2, 4, 4, 2)).jaxpr.eqns[0]
     assert rows_of(eqn, (normal(2, 4, 4, 2), normal(3, 3, 2, 4)), 1) is None
+
+
+@pytest.mark.parametrize("name", ["dense", "grouped", "strided, padded, dilated"])
+def test_some_rows_are_rows_of_all(name):
+    product, w_shape, x_shape, _ = PRODUCTS[name]
+    w, x = normal(*w_shape, seed=1), normal(*x_shape, seed=2)
+    eqn = jax.make_jaxpr(product)(w, x).jaxpr.eqns[0]
+    operands = (x, w)
+    whole = np.asarray(rows_of(eqn, operands, 1).x_BTI)
+    some = np.asarray(rows_of(eqn, operands, 1, 4).x_BTI)
+    assert some.shape == (whole.shape[0], 4, whole.shape[2])
+    at = [
+        next(t for t in range(whole.shape[1]) if (whole[:, t] == some[:, i]).all())
+        for i in range(4)
+    ]
+    assert at == sorted(at) and len(set(at)) == 4
+    np.testing.assert_array_equal(rows_of(eqn, operands, 1, 10**6).x_BTI, whole)
