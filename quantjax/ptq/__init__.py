@@ -4,6 +4,7 @@ A method is a frozen value that `quantjax.calibrate` runs; `chain` joins several
 
 from quantjax.interpret.method import Journal, Method, Run
 from quantjax.ptq.adaround import adaround
+from quantjax.ptq.batch_norm import fold_batch_norm
 from quantjax.ptq.chain import chain
 from quantjax.ptq.layerwise import Layerwise, Problem, Solver
 from quantjax.ptq.moments import Moments
@@ -18,4 +19,5 @@ __all__ = [
     "Solver",
     "adaround",
     "chain",
+    "fold_batch_norm",
 ]
