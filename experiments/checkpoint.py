@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 import types
 from collections.abc import Iterable
 from pathlib import Path
@@ -142,7 +143,7 @@ def _describe(value: Any, above: tuple[int, ...]) -> Any:
     if isinstance(value, types.FunctionType):
         names, cells = value.__code__.co_freevars, value.__closure__ or ()
         closed = {name: inner(_contents(cell)) for name, cell in zip(names, cells, strict=True)}
-        return {"function": f"{value.__module__}.{value.__qualname__}", **closed}
+        return {"function": f"{_module(value)}.{value.__qualname__}", **closed}
     if hasattr(value, "__wrapped__"):  # jax.jit and its like
         return inner(value.__wrapped__)
     if isinstance(value, enum.Enum | type):
@@ -157,6 +158,12 @@ def _describe(value: Any, above: tuple[int, ...]) -> Any:
     if isinstance(value, dict) and all(isinstance(key, str) for key in value):
         return {key: inner(value[key]) for key in sorted(value)}
     return type(value).__qualname__  # a cache, a client, ...: not what makes a run
+
+
+def _module(function: types.FunctionType) -> str:
+    """Its module, by the same name whether that was imported or run with `python -m`."""
+    spec = getattr(sys.modules.get(function.__module__), "__spec__", None)
+    return spec.name if function.__module__ == "__main__" and spec else function.__module__
 
 
 def _contents(cell: types.CellType) -> Any:

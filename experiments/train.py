@@ -14,18 +14,17 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 from rich.console import Console
 from rich.progress import Progress
 
 from experiments import checkpoint
-from experiments.data import Dataset
 from quantjax.qat import guard
 
 Tree = Any  # a pytree of arrays
@@ -45,6 +44,25 @@ class TrainConfig:
             raise ValueError(
                 f"epochs {self.epochs} must be >= 0, batch_size {self.batch_size} >= 1."
             )
+
+
+class Examples(Protocol):
+    """What is trained on and what is judged after each epoch: images and their classes
+    (`experiments.data.Dataset`), or windows of tokens and the token after each (`wikitext`)."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def train_images(self) -> np.ndarray: ...
+    @property
+    def train_labels(self) -> np.ndarray: ...
+    @property
+    def validation_images(self) -> np.ndarray: ...
+    @property
+    def validation_labels(self) -> np.ndarray: ...
+    def normalize(self, images: Any) -> Array:
+        """As the model gets them."""
+        ...
 
 
 class EpochRecord(NamedTuple):
@@ -86,7 +104,7 @@ def classification_loss(forward: Callable) -> Callable:
 def train(
     apply: Callable,
     params: Tree,
-    data: Dataset,
+    data: Examples,
     config: TrainConfig,
     *,
     loss_fn: Callable | None = None,
@@ -97,6 +115,7 @@ def train(
     on_epoch: Callable[[EpochRecord, Tree], None] | None = None,
     run_dir: str | Path | None = None,
     scan: bool | None = None,
+    evaluation_batch: int = 1000,
 ) -> TrainResult:
     """Trains `params` for `config.epochs` and returns them with the history of the run.
 
@@ -116,7 +135,8 @@ def train(
 
     With `run_dir` the run is saved there after each epoch. A run found there is resumed, bit for
     bit as if it had not stopped, or returned if finished; it must be the same run.
-    `scan` overrides how steps are dispatched, see above.
+    `scan` overrides how steps are dispatched, see above. `evaluation_batch` examples are judged
+    at a time after each epoch.
 
     Raises ValueError if `params` holds quantized leaves, if `run_dir` holds a run of another
     configuration, data or initial parameters, or if the training images do not fill a batch;
@@ -170,7 +190,9 @@ def train(
                 progress.update(task, completed=last)
             train_loss = _finite_mean(losses, epoch, start)
             seconds = time.perf_counter() - began
-            loss, accuracy, _ = evaluate(predict, (state, extra), *validation)
+            loss, accuracy, _ = evaluate(
+                predict, (state, extra), *validation, batch_size=evaluation_batch
+            )
             record = EpochRecord(epoch, train_loss, loss, accuracy, seconds)
             history = (*history, record)
             progress.update(task, description=f"epoch {epoch + 1}, validation {accuracy:.2%}")
@@ -185,16 +207,17 @@ def train(
 def evaluate(
     apply: Callable,
     params: Tree,
-    images: Float[Array, "n h w c"] | Float[np.ndarray, "n h w c"],
-    labels: Int[Array, "n"] | Int[np.ndarray, "n"],
+    images: Shaped[Array, "n ..."] | Shaped[np.ndarray, "n ..."],
+    labels: Int[Array, "n *t"] | Int[np.ndarray, "n *t"],
     *,
     batch_size: int = 1000,
-) -> tuple[float, float, Int[np.ndarray, "n"]]:
+) -> tuple[float, float, Int[np.ndarray, "n *t"]]:
     """Returns mean cross-entropy, accuracy and predicted classes of `apply(params, images)`.
 
     The last batch is filled up with images of the first to keep one shape; what it gives for them
     is dropped, so every image counts once. Compiled once per `apply`: build it outside a loop.
-    Without images the loss and the accuracy are nan."""
+    A label may be one class or an array of them, as for each token of a window. Without images the
+    loss and the accuracy are nan."""
     losses, predictions = [], []
     for start in range(0, len(images), batch_size):
         index = np.arange(start, min(start + batch_size, len(images)))
@@ -287,7 +310,7 @@ def _finite_mean(losses: list[Array], epoch: int, start: int) -> float:
     return float(values.mean(dtype=np.float64))
 
 
-def _describe_run(config: TrainConfig, data: Dataset, params: Tree, functions: tuple) -> dict:
+def _describe_run(config: TrainConfig, data: Examples, params: Tree, functions: tuple) -> dict:
     """What must agree for a stored run to stand for this one."""
     parts = (data.train_images, data.train_labels, data.validation_images, data.validation_labels)
     return {
