@@ -6,10 +6,8 @@ Result: results/bench_quantize.json. Qwix and torchao are timed beside where the
 One process, interleaved rounds, warmed up, every result waited for; medians and ratios to the
 jitted `x.astype(int8)` of the same run. Peak memory is measured in a process of its own."""
 
-import ctypes
 import dataclasses
 import functools
-import gc
 import importlib.metadata
 import importlib.util
 import statistics
@@ -25,6 +23,7 @@ import numpy as np
 import tyro
 
 import quantjax as qj
+from experiments.memory import with_peak
 from experiments.report import environment, print_table, write_json
 from experiments.tables import bench_markdown
 from experiments.timing import interleaved
@@ -114,24 +113,14 @@ def peak_bytes(case: str, how: str) -> int | None:
 
 
 def print_peak(case: str, how: str) -> None:
-    """The child's part of `peak_bytes`: Linux keeps a high-water mark that can be reset. One leaf
-    is quantized before, so that imports and compilation do not count."""
+    """The child's part of `peak_bytes`. One leaf is quantized before, so that imports and
+    compilation do not count."""
     tree = make_tree(case)
     jax.block_until_ready(tree)
     first = dict([next(iter(tree.items()))])
     jax.block_until_ready(candidates(first)[how]())
     call = candidates(tree)[how]
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
-    jax.block_until_ready(call())
-    print(_status("VmHWM") - before)
-
-
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line.split()[1] for line in lines if line.startswith(field))) * 1024
+    print(with_peak(call)[1])
 
 
 def main(config: Config) -> None:

@@ -1,0 +1,63 @@
+"""A table that is computed row by row, over days if need be: what is there is not done again.
+
+One JSON holds a head, which says what all rows are of, and the rows. Each is written as soon as
+it is known, whole or not at all, so a run that stops loses the row it was at. A row that fails
+holds the reason in place of numbers, and is tried again by the next run."""
+
+import dataclasses
+import json
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from experiments.checkpoint import differences
+from experiments.report import write_json
+
+
+class NotApplicable(Exception):
+    """Raised by what computes a row: this row has no number, and the message says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """path: the JSON. head: what must agree for its rows to belong here.
+
+    Raises ValueError, when used, for a file with another head."""
+
+    path: Path
+    head: Mapping[str, Any]
+
+    def stored(self) -> list[dict[str, Any]]:
+        """The rows there are."""
+        if not self.path.is_file():
+            return []
+        payload = json.loads(self.path.read_text())
+        mine = json.loads(json.dumps(self.head))  # tuples become lists
+        if lines := differences({k: payload.get(k) for k in mine}, mine):
+            raise ValueError(
+                f"{self.path} is of another experiment (stored != asked): {'; '.join(lines[:3])}. "
+                "Delete it, or write elsewhere."
+            )
+        return payload["rows"]
+
+    def row(
+        self, key: Mapping[str, Any], compute: Callable[[], Mapping[str, Any]], **about: Any
+    ) -> dict[str, Any]:
+        """The row of this key: as stored, or computed and stored. `about` goes to the file's top,
+        such as the versions and device of the last run."""
+        rows = self.stored()
+        place = next((i for i, row in enumerate(rows) if key.items() <= row.items()), len(rows))
+        if place < len(rows) and "reason" not in rows[place]:
+            return rows[place]
+        try:
+            found = {**key, **compute()}
+        except NotApplicable as why:
+            found = {**key, "reason": str(why)}
+        except Exception as error:  # one row's failure is that row's result
+            traceback.print_exc(file=sys.stderr)
+            found = {**key, "reason": f"{type(error).__name__}: {error}"[:500]}
+        rows[place : place + 1] = [found]
+        write_json(self.path, {**self.head, **about, "rows": rows})
+        return found
