@@ -38,14 +38,14 @@ MOVES = frozenset(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Norm:
-    """One normalization. weight: the parameter of the product before it. product: the number of
-    that instruction. steps: those of its sums and products with parameters and of moves between
-    them. multipliers: what the output is multiplied with, or divided by, and its scale there.
-    mean, variance, gain: the parameters that are these, None where they can not be told."""
+    """One normalization. weight: the parameter of the product before it. centered: the value that
+    the mean is taken from, None if there is none. scale: of that value. multipliers: what the
+    output is multiplied with, or divided by, and its scale there. mean, variance, gain: the
+    parameters that are these, None where they can not be told."""
 
     weight: Leaf
-    product: int
-    steps: tuple[int, ...]
+    centered: int | None
+    scale: Scale
     multipliers: tuple[tuple[Operand, bool, Scale], ...]
     mean: Leaf | None
     variance: Leaf | None
@@ -110,31 +110,30 @@ def find_norms(solved: Solved) -> tuple[Reader, list[Norm]]:
     """The normalizations of a model, from front to back."""
     reader = Reader(solved.program)
     norms = []
-    for i, step in enumerate(solved.program.instructions):
+    for step in solved.program.instructions:
         if step.primitive in PRODUCTS and isinstance(step.run, Equation):
-            norm = _norm_after(solved, reader, i, step)
+            norm = _norm_after(solved, reader, step)
             if norm is not None:
                 norms.append(norm)
     return reader, norms
 
 
-def _norm_after(solved: Solved, reader: Reader, i: int, step: Instruction) -> Norm | None:
+def _norm_after(solved: Solved, reader: Reader, step: Instruction) -> Norm | None:
     weights = [w for x in step.inputs[:2] if (w := reader.made_of(x))]
     if len(weights) != 1 or len(weights[0]) != 1 or len(step.outputs) != 1:
         return None
     (weight,) = weights[0]
-    value, steps, multipliers = step.outputs[0], [], []
-    means: list[Leaf] = []
+    value, multipliers = step.outputs[0], []
+    means: list[tuple[int, Leaf]] = []
     before = _scale(solved, value)
     while len(reader.readers.get(value, ())) == 1 and reader.readers[value][0] >= 0:
-        index = reader.readers[value][0]
-        nxt = solved.program.instructions[index]
-        name = nxt.primitive
-        at = next(k for k, x in enumerate(nxt.inputs) if x == Value(value))
-        if len(nxt.outputs) != 1:
+        after = solved.program.instructions[reader.readers[value][0]]
+        name = after.primitive
+        at = next(k for k, x in enumerate(after.inputs) if x == Value(value))
+        if len(after.outputs) != 1:
             break
-        if name in ("add", "add_any", "sub", "mul", "div") and len(nxt.inputs) == 2:
-            other = nxt.inputs[1 - at]
+        if name in ("add", "add_any", "sub", "mul", "div") and len(after.inputs) == 2:
+            other = after.inputs[1 - at]
             made = reader.made_of(other)
             if made is None or (at == 1 and name in ("sub", "div")):
                 break
@@ -144,23 +143,25 @@ def _norm_after(solved: Solved, reader: Reader, i: int, step: Instruction) -> No
                     break
                 multipliers.append((other, name == "div", scale))
             elif name == "sub" and not multipliers and len(made) == 1:
-                means += made
+                means += [(value, leaf) for leaf in made]
         elif name not in MOVES:
             break
-        steps.append(index)
-        value = nxt.outputs[0]
+        value = after.outputs[0]
     made_of = [reader.made_of(x) or frozenset() for x, _, _ in multipliers]
     inside = functools.reduce(frozenset.union, made_of, frozenset[Leaf]())
     if not inside:
         return None
     gains = [x for x in inside if _meets(solved, x, before)]
     others = [x for x in inside if x not in gains]
+    centered, mean = means[0] if len(means) == 1 else (None, None)
     return Norm(
         weight,
-        i,
-        tuple(steps),
+        centered,
+        before if centered is None else _scale(solved, centered),
         tuple(multipliers),
-        *(group[0] if len(group) == 1 else None for group in (means, others, gains)),
+        mean,
+        others[0] if len(others) == 1 else None,
+        gains[0] if len(gains) == 1 else None,
     )
 
 

@@ -138,7 +138,7 @@ def find_scaling(apply: Callable[..., Any], params: Any, *args: Any, **kwargs: A
     >>> find_scaling(apply, p, jnp.ones((4, 2))).reason("a")
     "it is the model's input"
     """
-    return _scaling(solve(apply, params, *args, **kwargs))
+    return groups_of(solve(apply, (params, *args), kwargs))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -160,15 +160,23 @@ class Solved:
         }
 
 
-def solve(apply: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Solved:
-    """Follows the scales of all parameters through `apply(params, ...)`."""
-    program = flatten(apply, params, *args, **kwargs)
-    found = sites(apply, params, *args, **kwargs)
+def solve(
+    apply: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any] | None = None,
+    *,
+    tied: bool = False,
+) -> Solved:
+    """Follows the scales of all parameters, the first of `args`, through a call of `apply`. tied:
+    no gain takes one scale to another."""
+    kwargs = kwargs or {}
+    program = flatten(apply, *args, **kwargs)
+    found = sites(apply, *args, **kwargs)
     by_path: dict[str, list[Any]] = {}
     for site in found:
         by_path.setdefault(site.path, []).append(site)
-    shapes = {path: tuple(x.shape) for path, x in named_leaves(params)[0] if is_array(x)}
-    unknowns = Unknowns()
+    shapes = {path: tuple(x.shape) for path, x in named_leaves(args[0])[0] if is_array(x)}
+    unknowns = Unknowns(tied=tied)
     leaves: dict[Key, tuple[Scale, ...]] = {}
     values: dict[int, State] = {}
 
@@ -266,7 +274,8 @@ def group_of(solved: Solved, node: np.ndarray) -> ScaleGroup:
     return ScaleGroup(len(node), tuple(consumers), tuple(producers), positive)
 
 
-def _scaling(solved: Solved) -> Scaling:
+def groups_of(solved: Solved) -> Scaling:
+    """The groups of channels whose scale is free."""
     unknowns, parts = solved.unknowns, solved.parts
     uses = [part for found in parts.values() for part in found if part.role == "in"]
     number, orientation = _grouped(unknowns.size, [x for x in uses if (x.node != ONE).any()])

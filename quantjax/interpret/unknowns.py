@@ -57,9 +57,12 @@ def compact(x: Scale) -> Scale:
 
 
 class Unknowns:
-    """The unknowns and what is known of them. Mutable; it lives as long as one analysis."""
+    """The unknowns and what is known of them. Mutable; it lives as long as one analysis.
 
-    def __init__(self) -> None:
+    tied: a gain between two scaled values stays as it is, and they have one scale."""
+
+    def __init__(self, *, tied: bool = False) -> None:
+        self._tied = tied
         self._size = 1
         self._parent = np.zeros(64, np.int64)  # u = ratio * parent
         self._ratio = np.ones(64)
@@ -218,10 +221,12 @@ class Unknowns:
             x, y = a.map(lambda v: v[hard]), b.map(lambda v: v[hard])
             node, power = a.node.copy(), a.power.copy()
             found = self._through(x, y) or self._through(y, x)
-            found = found or self._bind(x, y) or self._bind(y, x)
-            found = found or self._led(x, y) or self._led(y, x)
+            if not self._tied:
+                found = found or self._bind(x, y) or self._bind(y, x)
+                found = found or self._led(x, y) or self._led(y, x)
             if found is None:
-                self.keep(y, reason)
+                gain = self._gain[x.node].all() and not self._gain[y.node].all()
+                self.keep(x if gain else y, reason)
                 return self.times(a, b, reason)
             node[hard], power[hard] = found.node, found.power
             rest = [s.map(lambda v: np.where(hard, ONE, v)) for s in (a, b)]

@@ -6,8 +6,10 @@ from quantjax.interpret.method import Journal, Method, Run
 from quantjax.ptq.adaround import adaround
 from quantjax.ptq.batch_norm import fold_batch_norm
 from quantjax.ptq.chain import chain
+from quantjax.ptq.equalize import equalize
 from quantjax.ptq.layerwise import Layerwise, Problem, Solver
 from quantjax.ptq.moments import Moments
+from quantjax.ptq.re_estimate import re_estimate_batch_norm
 
 __all__ = [
     "Journal",
@@ -19,5 +21,7 @@ __all__ = [
     "Solver",
     "adaround",
     "chain",
+    "equalize",
     "fold_batch_norm",
+    "re_estimate_batch_norm",
 ]

@@ -66,7 +66,7 @@ def _folding(
     apply: Callable[..., Any], params: Any, *args: Any, **kwargs: Any
 ) -> list[tuple[ScaleGroup, Any]]:
     """The groups to scale, and by how much."""
-    solved = solve(apply, params, *args, **kwargs)
+    solved = solve(apply, (params, *args), kwargs)
     reader, norms = find_norms(solved)
     groups: list[tuple[ScaleGroup, Any]] = []
     taken: set[int] = set()
