@@ -53,15 +53,10 @@ def find_scales(x: Float[Array, "*n"], spec: QuantSpec, weights: Any = None) -> 
     x, block = jax.lax.stop_gradient(x.astype(jnp.float32)), spec.block_shape
     if weights is not None:
         weights = jnp.broadcast_to(jnp.asarray(weights, jnp.float32), x.shape)
-    blocked_weights = None if weights is None else split(weights, block).values
-    grid = Grid(spec.format, spec.symmetric, spec.scale_format)
-    low, high = observe(spec.observer, split(x, block), grid, blocked_weights)
-    # The sizes of `low` are those of the blocks, axes of length one included.
-    scale, zero_point = scale_of_range(
-        low, high, spec.format, symmetric=spec.symmetric, scale_format=spec.scale_format
-    )
+    low, high = find_range(x, spec, weights)
     format = spec.format
     if is_learned(format):
+        scale, _ = scale_of_range(low, high, format, symmetric=spec.symmetric)
         weights = jnp.ones(x.shape, jnp.float32) if weights is None else weights
         step = spread(scale, x.shape, block)
         # Squared errors weigh by the step squared: relative to the largest, which can not overflow.
@@ -74,6 +69,26 @@ def find_scales(x: Float[Array, "*n"], spec: QuantSpec, weights: Any = None) -> 
         for _ in range(x.ndim - len(block)):
             fit = jax.vmap(fit)
         return Scales(scale, None, fit(x * inverse(step), weights * (share * share)))
+    return range_scales(low, high, spec)
+
+
+def find_range(
+    x: Float[Array, "*n"], spec: QuantSpec, weights: Any = None
+) -> tuple[Float[Array, "*b"], Float[Array, "*b"]]:
+    """The range (low, high) of every block of x, as the observer of `spec` finds it."""
+    blocked_weights = None if weights is None else split(weights, spec.block_shape).values
+    grid = Grid(spec.format, spec.symmetric, spec.scale_format)
+    return observe(spec.observer, split(x, spec.block_shape), grid, blocked_weights)
+
+
+def range_scales(low: Float[Array, "*b"], high: Float[Array, "*b"], spec: QuantSpec) -> Scales:
+    """The scales whose grid spans a range, as `spec` stores them; for formats with levels of their
+    own, so not for a learned codebook."""
+    block = spec.block_shape
+    # The sizes of `low` are those of the blocks, axes of length one included.
+    scale, zero_point = scale_of_range(
+        low, high, spec.format, symmetric=spec.symmetric, scale_format=spec.scale_format
+    )
     if isinstance(spec.scale_format, ExponentFormat):
         codes = spec.scale_format.encode(scale).astype(jnp.uint8)
         single = (1,) * len(block)

@@ -4,12 +4,15 @@ A method is a frozen value that `quantjax.calibrate` runs; `chain` joins several
 
 from quantjax.interpret.method import Journal, Method, Run
 from quantjax.ptq.adaround import adaround
+from quantjax.ptq.awq import awq
 from quantjax.ptq.batch_norm import fold_batch_norm
 from quantjax.ptq.chain import chain
 from quantjax.ptq.equalize import equalize
 from quantjax.ptq.layerwise import Layerwise, Problem, Solver
+from quantjax.ptq.low_rank import low_rank
 from quantjax.ptq.moments import Moments
 from quantjax.ptq.re_estimate import re_estimate_batch_norm
+from quantjax.ptq.smoothquant import smoothquant
 
 __all__ = [
     "Journal",
@@ -20,8 +23,11 @@ __all__ = [
     "Run",
     "Solver",
     "adaround",
+    "awq",
     "chain",
     "equalize",
     "fold_batch_norm",
     "re_estimate_batch_norm",
+    "low_rank",
+    "smoothquant",
 ]

@@ -49,12 +49,14 @@ def on_grid(w: Float[Array, "*w"], cells: Cells, format: Format) -> Float[Array,
 @dataclasses.dataclass(frozen=True)
 class MatrixForm:
     """The axes of a leaf, layers included: of what counts matrices, of outputs, of inputs in the
-    order of the activation's features; and by how many blocks of outputs the inputs differ."""
+    order of the activation's features; by how many blocks of outputs the inputs differ; and how
+    many of the last axes of inputs are the window of a convolution."""
 
     batch: tuple[int, ...]
     output: tuple[int, ...]
     contracting: tuple[int, ...]
     groups: int = 1
+    window: int = 0
 
     @property
     def _order(self) -> tuple[int, ...]:
@@ -81,7 +83,7 @@ class MatrixForm:
             tuple(a - layers for a in axes if a >= layers)
             for axes in (self.batch, self.output, self.contracting)
         )
-        return MatrixForm(batch, output, contracting, self.groups)
+        return MatrixForm(batch, output, contracting, self.groups, self.window)
 
     def cells(self, scales: Scales, spec: QuantSpec, shape: tuple[int, ...]) -> Cells:
         """The grid under every element, as matrices of the same form."""
@@ -107,5 +109,7 @@ def matrix_form(site: Site) -> MatrixForm | None:
         return tuple(a + site.layers for a in axes)
 
     layers = tuple(range(site.layers))
-    output, groups = below(site.output), site.groups if "conv" in site.primitive else 1
-    return MatrixForm((*layers, *below(site.batch)), output, below(site.contracting), groups)
+    axes = (*layers, *below(site.batch)), below(site.output), below(site.contracting)
+    if "conv" not in site.primitive:
+        return MatrixForm(*axes)
+    return MatrixForm(*axes, site.groups, len(site.contracting) - 1)
