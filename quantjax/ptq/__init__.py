@@ -27,7 +27,7 @@ __all__ = [
     "chain",
     "equalize",
     "fold_batch_norm",
-    "re_estimate_batch_norm",
     "low_rank",
+    "re_estimate_batch_norm",
     "smoothquant",
 ]
