@@ -114,22 +114,25 @@ class IntFormat:
         noise: Float[Array, "*n"] | None = None,
         zero_point: Float[Array, "*z"] | None = None,
     ) -> Float[Array, "*n"]:
-        """Codes of `v = x / scale`, as float32: clip(round(v) + z, qmin, qmax).
+        """Codes of `v = x / scale`, as float32: clip(round(v + z), qmin, qmax).
 
-        `noise` in [0, 1) makes the rounding stochastic: floor(v + noise). HALF levels take the
-        cell that holds v, so 0 goes to +1/2.
+        z need not be an integer (HQQ); where it is, this is round(v) + z. `noise` in [0, 1) makes
+        the rounding stochastic: floor(v + noise). HALF levels take the cell that holds v, so 0
+        goes to +1/2.
         """
-        if noise is not None:
+        if noise is not None or zero_point is not None:
             # Clip between the product that made v and the sum: XLA may contract x * inv + noise
             # into one fused multiply-add in one program and not in another.
             bound = np.float32(2 * 2**self.bits)
             v = jnp.clip(v, -bound, bound)
+        if zero_point is not None:
+            v = v + (zero_point - jnp.round(zero_point))
         if self.levels is Levels.HALF:
             codes = jnp.floor(v if noise is None else (v - np.float32(0.5)) + noise)
         else:
             codes = jnp.round(v) if noise is None else jnp.floor(v + noise)
         if zero_point is not None:
-            codes = codes + zero_point
+            codes = codes + jnp.round(zero_point)
         return jnp.clip(codes, np.float32(self.qmin), np.float32(self.qmax))
 
     def decode(self, codes: Integer[Array, "*n"] | Float[Array, "*n"]) -> Float[Array, "*n"]:
@@ -141,6 +144,9 @@ class IntFormat:
         self, v: Float[Array, "*n"], zero_point: Float[Array, "*z"] | None = None
     ) -> jax.Array:
         """Where `v = x / scale` is outside every cell of the grid, so rounding alone won't do."""
+        if zero_point is not None:
+            v = v + (zero_point - jnp.round(zero_point))
         codes = jnp.floor(v) if self.levels is Levels.HALF else jnp.round(v)
-        codes = codes if zero_point is None else codes + zero_point
+        if zero_point is not None:
+            codes = codes + jnp.round(zero_point)
         return (codes < self.qmin) | (codes > self.qmax)

@@ -79,6 +79,8 @@ def no_integers(q: QTensor, act: QuantSpec, terms: int) -> str:
         return BESIDE
     if not isinstance(q.format, IntFormat) or not isinstance(act.format, IntFormat):
         return f"{q.format} with activations in {act.format}"
+    if q.zero_point is not None and jnp.issubdtype(q.zero_point.dtype, jnp.floating):
+        return "a zero point between two codes"
     if not act.format.has_zero:
         return "activations without a zero"
     if not q.format.has_zero and q.format.bits == 8:

@@ -8,10 +8,13 @@ from quantjax.ptq.awq import awq
 from quantjax.ptq.batch_norm import fold_batch_norm
 from quantjax.ptq.chain import chain
 from quantjax.ptq.equalize import equalize
+from quantjax.ptq.gptq import gptq
+from quantjax.ptq.hqq import hqq
 from quantjax.ptq.layerwise import Layerwise, Problem, Solver
 from quantjax.ptq.low_rank import low_rank
 from quantjax.ptq.moments import Moments
 from quantjax.ptq.re_estimate import re_estimate_batch_norm
+from quantjax.ptq.rtn import rtn
 from quantjax.ptq.smoothquant import smoothquant
 
 __all__ = [
@@ -27,7 +30,10 @@ __all__ = [
     "chain",
     "equalize",
     "fold_batch_norm",
+    "gptq",
+    "hqq",
     "low_rank",
     "re_estimate_batch_norm",
+    "rtn",
     "smoothquant",
 ]

@@ -2,6 +2,7 @@
 Frantar et al. 2022, arXiv:2210.17323, section 3.3 (damping); Chee et al. 2023, arXiv:2307.13304,
 section 3.1 (the factor itself feeds errors back, no inverse is needed)."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -11,6 +12,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 ATTEMPTS = 6  # from 0.01 to 1000 times the mean diagonal
+# Of the highest precision: products of bfloat16 or TF32 would cost the last digits.
+exact_product = functools.partial(jnp.matmul, precision="highest")
 BLOCKS, DIRECT = (512, 128), 1024
 
 
@@ -34,9 +37,7 @@ def damped_cholesky(h_II: Float[Array, "i i"], damping: float = 0.01) -> Factor:
     fed to or from it. `ok` is false where H holds NaN or infinity, or is far from positive
     semidefinite.
     """
-    n, diagonal_I = len(h_II), jnp.diagonal(h_II)
-    seen = (diagonal_I > 0).sum()
-    unit = jnp.where(seen > 0, diagonal_I.sum() / jnp.maximum(seen, 1), np.float32(1))
+    n, diagonal_I, unit = len(h_II), jnp.diagonal(h_II), mean_diagonal(h_II)
     share = np.float32(1) / unit  # in these units float32 neither overflows nor vanishes
 
     def factor(added: jax.Array) -> jax.Array:
@@ -57,6 +58,20 @@ def damped_cholesky(h_II: Float[Array, "i i"], damping: float = 0.01) -> Factor:
     state = (jnp.int32(1), start, factor(start))
     _, added, lower_II = lax.while_loop(failed, again, state)
     return Factor(lower_II, unit, added, _finite(lower_II))
+
+
+def mean_diagonal(h_II: Float[Array, "i i"]) -> Float[Array, ""]:
+    """The mean of diag(H) over the inputs that were seen; 1 if none was."""
+    diagonal_I = jnp.diagonal(h_II)
+    seen = (diagonal_I > 0).sum()
+    return jnp.where(seen > 0, diagonal_I.sum() / jnp.maximum(seen, 1), np.float32(1))
+
+
+def divided(w_OI: Float[Array, "o i"], factor: Factor) -> Float[Array, "o i"]:
+    """w (H + damping)^-1; zeros where H could not be factored."""
+    solve = functools.partial(lax.linalg.triangular_solve, factor.lower_II, lower=True)
+    half_OI = solve(w_OI, transpose_a=True)
+    return jnp.where(factor.ok, solve(half_OI) / factor.unit, 0)
 
 
 def cholesky(a_II: Float[Array, "i i"]) -> Float[Array, "i i"]:
@@ -80,9 +95,9 @@ def _by_blocks(a_II: Float[Array, "i i"], blocks: tuple[int, ...]) -> Float[Arra
         panel = a_II[start:, start : start + size]
         for k, before in enumerate(columns):
             rest = before[start - k * block :]
-            panel = panel - rest @ rest[:size].T
+            panel = panel - exact_product(rest, rest[:size].T)
         own = _by_blocks(panel[:size], blocks[1:])
-        columns.append(jnp.concatenate([own, panel[size:] @ _inverse(own).T]))
+        columns.append(jnp.concatenate([own, exact_product(panel[size:], _inverse(own).T)]))
     padded = [jnp.pad(c, ((n - len(c), 0), (0, 0))) for c in columns]
     return jnp.concatenate(padded, axis=1)
 
@@ -95,7 +110,7 @@ def _inverse(lower_II: Float[Array, "i i"]) -> Float[Array, "i i"]:
         return lax.linalg.triangular_solve(lower_II, one, left_side=True, lower=True)
     half = n // 2
     first, last = _inverse(lower_II[:half, :half]), _inverse(lower_II[half:, half:])
-    below = -last @ (lower_II[half:, :half] @ first)
+    below = -exact_product(last, exact_product(lower_II[half:, :half], first))
     return jnp.block([[first, jnp.zeros((half, n - half), jnp.float32)], [below, last]])
 
 

@@ -12,6 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from quantjax.formats import Format
+from quantjax.ptq.factor import exact_product
 from quantjax.ptq.matrix import Cells, on_grid
 
 LARGE, MIDDLE, SMALL = 512, 128, 32  # measured on two cores
@@ -51,7 +52,7 @@ def sweep(
 def _blocks(n: int) -> tuple[int, tuple[int, ...]]:
     """How many of the largest blocks, and the sizes of blocks: each divides the one before."""
     small = max(min(SMALL, n), 1)
-    blocks = -(-n // LARGE) or 1
+    blocks = -(-n // LARGE) if n > 2 * LARGE else 1
     parts = -(-n // (blocks * MIDDLE)) or 1
     pieces = -(-n // (blocks * parts * small)) or 1
     return blocks, (parts * pieces * small, pieces * small, small, 1)
@@ -83,6 +84,8 @@ def _swept(
         return q_IO, (weight_I * (v_IO - q_IO) ** 2)[0]
     (n, outputs), size = origin_IO.shape, sizes[0]
     count = n // size
+    if count == 1:  # one block is what lies within it: fewer loops to compile
+        return _swept(v_IO, origin_IO, f_II, weight_I, cells, format, sizes[1:])
 
     def block(i: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         q_IO, lost_O = state
@@ -113,12 +116,12 @@ def _heard(
     if size == 1:  # a product of one row would not be vectorized
         return (lax.dynamic_slice_in_dim(f_II, start, 1, 1) * (origin_IO - q_IO)).sum(0)[None]
     if whole:
-        return lax.dynamic_slice_in_dim(f_II, start, size, 1).T @ (origin_IO - q_IO)
+        return exact_product(lax.dynamic_slice_in_dim(f_II, start, size, 1).T, origin_IO - q_IO)
 
     def add(k: jax.Array, sum_IO: jax.Array) -> jax.Array:
         k = k * size
         f = lax.dynamic_slice(f_II, (k, start), (size, size))
-        return sum_IO + f.T @ (_rows(origin_IO, k, size) - _rows(q_IO, k, size))
+        return sum_IO + exact_product(f.T, _rows(origin_IO, k, size) - _rows(q_IO, k, size))
 
     zeros = jnp.zeros((size, origin_IO.shape[1]), jnp.float32)
     return lax.fori_loop(start // size + 1, len(origin_IO) // size, add, zeros)
