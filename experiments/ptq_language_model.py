@@ -12,6 +12,7 @@ import importlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,34 +57,34 @@ class Problem(NamedTuple):
 
 
 class Method(NamedTuple):
-    """run: the tree, with QTensor leaves, or floats and the bits of a quantized weight.
-    sampled: whether the calibration text matters."""
+    """run: the tree, with QTensor leaves; or floats, and what a row says of them beside its
+    numbers. sampled: whether the calibration text matters."""
 
-    run: Callable[[Problem], tuple[Any, float | None]]
+    run: Callable[[Problem], tuple[Any, Mapping[str, Any]]]
     sampled: bool = True
 
 
 def rounded(observer: qj.Observer) -> Method:
     """Each weight to the nearest level; the observer chooses the scales."""
 
-    def run(problem: Problem) -> tuple[Any, None]:
-        return qj.quantize(problem.params, problem.policy(observer=observer)), None
+    def run(problem: Problem) -> tuple[Any, Mapping[str, Any]]:
+        return qj.quantize(problem.params, problem.policy(observer=observer)), {}
 
     return Method(run, sampled=False)
 
 
-def nf4(problem: Problem) -> tuple[Any, None]:
+def nf4(problem: Problem) -> tuple[Any, Mapping[str, Any]]:
     """The fixed codebook of QLoRA in place of integers, at the same bits and groups."""
     spec = preset_spec(problem.format)
     if getattr(spec.format, "bits", None) != 4 or problem.activations:
         raise NotApplicable("a codebook of 4 bits, for weights alone")
-    return qj.quantize(problem.params, problem.policy(format=preset_spec("nf4").format)), None
+    return qj.quantize(problem.params, problem.policy(format=preset_spec("nf4").format)), {}
 
 
 def calibrated(*names: str, **options: Any) -> Method:
     """A method of `quantjax.ptq` by name, run by `calibrate`; several are chained."""
 
-    def run(problem: Problem) -> tuple[Any, None]:
+    def run(problem: Problem) -> tuple[Any, Mapping[str, Any]]:
         room = importlib.import_module("quantjax.ptq")
         missing = [name for name in names if not hasattr(room, name)]
         if missing:
@@ -92,7 +93,7 @@ def calibrated(*names: str, **options: Any) -> Method:
         method = last(problem.policy(), **options)
         if before:
             method = qj.chain(*(make() for make in before), method)
-        return qj.calibrate(problem.apply, problem.params, problem.batches, method), None
+        return qj.calibrate(problem.apply, problem.params, problem.batches, method), {}
 
     return Method(run)
 
@@ -100,11 +101,11 @@ def calibrated(*names: str, **options: Any) -> Method:
 def qwix(method: str) -> Method:
     """Qwix's weights for the same arrays and, where it wants them, the same samples."""
 
-    def run(problem: Problem) -> tuple[Any, float]:
+    def run(problem: Problem) -> tuple[Any, Mapping[str, Any]]:
         spec = preset_spec(problem.format)
         if problem.activations:
             raise NotApplicable("weights alone are read back from Qwix")
-        return qwix_weights(
+        tree, bits = qwix_weights(
             method,
             module(problem.config, problem.params),
             problem.batches,
@@ -112,6 +113,7 @@ def qwix(method: str) -> Method:
             bits=spec.format.bits,
             group=spec.group,
         )
+        return tree, {"bits_per_weight": bits, "package": f"qwix {version('qwix')}"}
 
     return Method(run, sampled=method != "absmax")
 
@@ -191,15 +193,15 @@ def _token_scores(
 def measured(method: Method, problem: Problem, judge: Judge) -> dict[str, Any]:
     """One row: cost of the method, size of what it gives, and how that predicts."""
     began = time.perf_counter()
-    (tree, bits), peak = with_peak(lambda: method.run(problem))
+    (tree, said), peak = with_peak(lambda: method.run(problem))
     seconds = time.perf_counter() - began
-    stored = [leaf for leaf in _leaves(tree) if isinstance(leaf, qj.QTensor)]
-    if bits is None:
+    if stored := [leaf for leaf in _leaves(tree) if isinstance(leaf, qj.QTensor)]:
         bits = 8 * sum(q.nbytes for q in stored) / sum(q.size for q in stored)
+        said = {"bits_per_weight": bits, **said}
     whole = qj.quantize({EMBEDDING: problem.params["embedding"]["embedding"]}, qj.preset("w8"))
     coded = {**tree, "embedding": {"embedding": qj.dequantize(whole)[EMBEDDING]}}
     return {
-        "bits_per_weight": bits,
+        **said,
         **judge.scores(tree),
         "embedding_8_bits": judge.scores(coded),
         "seconds": seconds,
@@ -238,10 +240,11 @@ def main(config: Config) -> None:
         return {"bits_per_weight": 32.0, "float_mb": size, **judge.scores(params)}
 
     table.row({"method": "float", "format": "float32", "seed": None}, floats, **about)
-    for format in config.formats:
-        for name in config.methods:
-            method = METHODS[name]
-            for seed in config.seeds if method.sampled else (None,):
+    for turn in config.seeds:  # a whole table of one seed first
+        for format in config.formats:
+            for name in config.methods:
+                method = METHODS[name]
+                seed = turn if method.sampled else None
                 batches = calibration_batches(data, seed or 0)
                 problem = Problem(config.model.decoder, apply, params, format, batches)
                 key = {"method": name, "format": format, "seed": seed}

@@ -47,10 +47,9 @@ class Rows:
     ) -> dict[str, Any]:
         """The row of this key: as stored, or computed and stored. `about` goes to the file's top,
         such as the versions and device of the last run."""
-        rows = self.stored()
-        place = next((i for i, row in enumerate(rows) if key.items() <= row.items()), len(rows))
-        if place < len(rows) and "reason" not in rows[place]:
-            return rows[place]
+        there = next((row for row in self.stored() if key.items() <= row.items()), None)
+        if there is not None and "reason" not in there:
+            return there
         try:
             found = {**key, **compute()}
         except NotApplicable as why:
@@ -58,6 +57,8 @@ class Rows:
         except Exception as error:  # one row's failure is that row's result
             traceback.print_exc(file=sys.stderr)
             found = {**key, "reason": f"{type(error).__name__}: {error}"[:500]}
+        rows = self.stored()  # anew: another process may have added to them meanwhile
+        place = next((i for i, row in enumerate(rows) if key.items() <= row.items()), len(rows))
         rows[place : place + 1] = [found]
         write_json(self.path, {**self.head, **about, "rows": rows})
         return found

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from functools import partial
 
 import jax
@@ -15,6 +16,7 @@ import quantjax as qj
 from experiments import ptq_language_model as ptq
 from experiments import train_language_model, wikitext
 from experiments.byte_pairs import learn
+from experiments.checkpoint import describe
 from experiments.language_model import DecoderConfig, forward, initialize, rotate
 from experiments.memory import with_peak
 from experiments.rows import NotApplicable, Rows
@@ -117,7 +119,7 @@ def test_sizes_that_do_not_divide_are_refused(bad):
 TOKENIZER = learn(TEXT, 280)
 
 
-@given(text=st.text(max_size=40))
+@given(text=st.text(max_size=40) | st.text(alphabet=" \nabé", max_size=40))
 def test_decoding_gives_the_text_back(text):
     tokenizer = TOKENIZER
     tokens = tokenizer.encode(text)
@@ -191,6 +193,13 @@ def test_a_trained_run_is_found_again(config):
     jax.tree.map(np.testing.assert_array_equal, params, again)
 
 
+def test_a_run_is_the_same_whether_its_module_was_imported_or_run(monkeypatch):
+    imported = describe(train_language_model.load)
+    monkeypatch.setattr(train_language_model.load, "__module__", "__main__")
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", train_language_model.__spec__)
+    assert describe(train_language_model.load) == imported
+
+
 def test_rows_are_written_at_once_and_not_computed_again(tmp_path):
     table = Rows(tmp_path / "rows.json", {"checkpoint": "a", "sizes": (1, 2)})
     assert table.row({"method": "m", "seed": 0}, lambda: {"kl": 1.0}, device="here")["kl"] == 1.0
@@ -199,6 +208,17 @@ def test_rows_are_written_at_once_and_not_computed_again(tmp_path):
     assert table.row({"method": "m", "seed": 0}, lambda: pytest.fail("computed again"))["kl"] == 1.0
     table.row({"method": "m", "seed": 1}, lambda: {"kl": 2.0})
     assert [row["seed"] for row in table.stored()] == [0, 1]
+
+
+def test_rows_that_another_process_adds_meanwhile_stay(tmp_path):
+    mine, other = (Rows(tmp_path / "rows.json", {}) for _ in range(2))
+
+    def compute():
+        other.row({"method": "theirs"}, lambda: {})
+        return {}
+
+    mine.row({"method": "mine"}, compute)
+    assert [row["method"] for row in mine.stored()] == ["theirs", "mine"]
 
 
 def test_a_row_that_fails_holds_the_reason_and_is_tried_again(tmp_path, capsys):
