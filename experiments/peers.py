@@ -32,6 +32,8 @@ def qwix_weights(
     each input. Raises NotApplicable where Qwix is not installed."""
     if importlib.util.find_spec("qwix") is None:
         raise NotApplicable("Qwix is not installed")
+    if method == "gptq" and bits not in (2, 4, 8):
+        raise NotApplicable(f"Qwix's GPTQ keeps its codes in a dtype of JAX; int{bits} is none")
     import qwix
     from qwix.contrib import awq, gptq
 

@@ -8,7 +8,6 @@ Quantized are all projections of all layers; beside each, the same with the tied
 a token of 4,096 byte pairs, and the mean over tokens of KL(float || quantized), in nats."""
 
 import dataclasses
-import importlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -31,6 +30,7 @@ from experiments.peers import qwix_weights
 from experiments.report import environment, mean_sd, print_table, spread
 from experiments.rows import NotApplicable, Rows
 from experiments.wikitext import Windows
+from quantjax import ptq
 from quantjax.policy import preset_spec
 
 PROJECTIONS, EMBEDDING = "layers/**/kernel", "embedding/embedding"
@@ -81,21 +81,18 @@ def nf4(problem: Problem) -> tuple[Any, Mapping[str, Any]]:
     return qj.quantize(problem.params, problem.policy(format=preset_spec("nf4").format)), {}
 
 
-def calibrated(*names: str, **options: Any) -> Method:
-    """A method of `quantjax.ptq` by name, run by `calibrate`; several are chained."""
+def calibrated(
+    make: Callable[..., Any], *, sampled: bool = True, needs_activations: bool = False
+) -> Method:
+    """What `make` builds for a policy, run by `calibrate`."""
 
     def run(problem: Problem) -> tuple[Any, Mapping[str, Any]]:
-        room = importlib.import_module("quantjax.ptq")
-        missing = [name for name in names if not hasattr(room, name)]
-        if missing:
-            raise NotApplicable(f"quantjax.ptq has no {', '.join(missing)} yet")
-        *before, last = (getattr(room, name) for name in names)
-        method = last(problem.policy(), **options)
-        if before:
-            method = qj.chain(*(make() for make in before), method)
+        if needs_activations and not problem.activations:
+            raise NotApplicable("for formats that quantize activations")
+        method = make(problem.policy())
         return qj.calibrate(problem.apply, problem.params, problem.batches, method), {}
 
-    return Method(run)
+    return Method(run, sampled)
 
 
 def qwix(method: str) -> Method:
@@ -122,7 +119,14 @@ METHODS: dict[str, Method] = {
     "absmax": rounded(qj.absmax()),
     "mse": rounded(qj.mse()),
     "nf4": Method(nf4, sampled=False),
-    "adaround": calibrated("adaround"),
+    "rtn": calibrated(ptq.rtn),
+    "hqq": calibrated(ptq.hqq, sampled=False),
+    "awq": calibrated(ptq.awq),
+    "smoothquant": calibrated(ptq.smoothquant, needs_activations=True),
+    "gptq as published": calibrated(partial(ptq.gptq, candidates=1, rounds=0)),
+    "gptq": calibrated(ptq.gptq),
+    "gptq paired": calibrated(partial(ptq.gptq, paired=True)),
+    "adaround": calibrated(ptq.adaround),
     "qwix absmax": qwix("absmax"),
     "qwix gptq": qwix("gptq"),
     "qwix awq": qwix("awq"),

@@ -282,8 +282,8 @@ def test_what_a_method_cannot_do_is_a_reason(judge, params):
     problem = ptq.Problem(TINY, judge.apply, params, "w8", [])
     with pytest.raises(NotApplicable, match="4 bits"):
         ptq.METHODS["nf4"].run(problem)
-    with pytest.raises(NotApplicable, match="no nothing yet"):
-        ptq.calibrated("nothing").run(problem)
+    with pytest.raises(NotApplicable, match="quantize activations"):
+        ptq.METHODS["smoothquant"].run(problem)
 
 
 def test_calibration_text_is_drawn_by_the_seed(config):
