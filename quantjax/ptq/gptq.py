@@ -217,7 +217,7 @@ def gptq(
     act_order: bool = True,
     candidates: int = 8,
     rounds: int = 2,
-    paired: bool = False,
+    paired: bool = True,
     sequential: bool = True,
 ) -> Layerwise:
     """The method that rounds every product's weights column by column, errors handed on.
@@ -227,12 +227,12 @@ def gptq(
     added to it, raised by tens where that can not be factored. act_order: the inputs with the
     largest E[x^2] first; the scales are fixed before, so it leaves no trace in the result.
 
-    Beyond the paper, each of which `candidates=1, rounds=0` leaves out, and neither of which ever
-    raises the error: candidates, how many multiples of the policy's scales GPTQ is tried with, of
-    which every output takes its best; rounds, of coordinate descent on the codes and of a fit of
-    the scales to them (see `refined`). Scales that are stored in few bits themselves are kept.
+    Three things go beyond the paper, which `candidates=1, rounds=0, paired=False` leaves out.
+    candidates: how many multiples of the policy's scales GPTQ is tried with; every output takes
+    its best. rounds: of coordinate descent on the codes and a fit of the scales to them (see
+    `quantjax.ptq.refine`). Neither raises the error; scales that are stored in few bits are kept.
     paired: aim at the outputs of the float model's own inputs f, min_q E |W f - q x|^2, so that a
-    layer makes up for those before (Li et al. 2025, GPTAQ, arXiv:2504.02692).
+    layer makes up for those before it (Li et al. 2025, GPTAQ, arXiv:2504.02692).
 
     An output that rounding to nearest serves better keeps that. Raises ValueError for options out
     of range. Warns, with the path, where H can not be factored. Source: Frantar et al. 2022,
