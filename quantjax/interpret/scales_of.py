@@ -8,6 +8,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from quantjax.interpret import jax_compat as compat
@@ -104,11 +105,13 @@ def body(unknowns: Unknowns, jaxpr: Any, states: Sequence[State], module: str) -
 
 def constant(value: Any) -> State:
     """The scales of an array that the model holds itself."""
-    if hasattr(value, "dtype") and not np.issubdtype(np.dtype(value.dtype), np.number):
+    if hasattr(value, "dtype") and not jnp.issubdtype(value.dtype, jnp.number):
         return (ones(np.ndim(value)),)  # keys, masks
     array = np.asarray(value)
-    if array.dtype.kind == "f" and not (np.isfinite(array) & (array != 0)).any():
-        return None
+    if jnp.issubdtype(array.dtype, jnp.floating):
+        array = array.astype(np.float64)
+        if not (np.isfinite(array) & (array != 0)).any():
+            return None
     return (ones(array.ndim),)
 
 

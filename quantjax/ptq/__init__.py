@@ -14,6 +14,7 @@ from quantjax.ptq.layerwise import Layerwise, Problem, Solver
 from quantjax.ptq.low_rank import low_rank
 from quantjax.ptq.moments import Moments
 from quantjax.ptq.re_estimate import re_estimate_batch_norm
+from quantjax.ptq.rotate import rotate
 from quantjax.ptq.rtn import rtn
 from quantjax.ptq.smoothquant import smoothquant
 
@@ -34,6 +35,7 @@ __all__ = [
     "hqq",
     "low_rank",
     "re_estimate_batch_norm",
+    "rotate",
     "rtn",
     "smoothquant",
 ]
