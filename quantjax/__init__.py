@@ -1,6 +1,7 @@
 """quantjax: compress JAX models by quantizing their parameter trees."""
 
 from quantjax import ptq
+from quantjax.allocate import allocate_bits, sensitivity
 from quantjax.formats import Codebook, FloatFormat, IntFormat, Levels
 from quantjax.interpret import calibrate, intercept, register_rule, sites
 from quantjax.observers import Observer, absmax, ema, minmax, mse, percentile
@@ -26,6 +27,7 @@ __all__ = [
     "QuantSpec",
     "Rounding",
     "absmax",
+    "allocate_bits",
     "calibrate",
     "chain",
     "dequantize",
@@ -41,6 +43,7 @@ __all__ = [
     "quantize",
     "register_rule",
     "save",
+    "sensitivity",
     "sites",
     "summary",
 ]

@@ -1,0 +1,89 @@
+"""How much of a product's output is left when weights are quantized? Its SQNR, in two ways.
+
+10 log10(sum y^2 / sum (yhat - y)^2) over the outputs y of all products that use a layer's weights.
+Local: yhat = its quantized weights on the float model's inputs. Accumulated: the whole model
+quantized, so that its inputs carry what all layers before it lost."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from quantjax.interpret.evaluate import Machine
+from quantjax.interpret.param import Param
+from quantjax.interpret.pieces import arguments
+from quantjax.interpret.products import PRODUCTS
+from quantjax.interpret.program import Equation, Program, flatten, layer_of, read
+from quantjax.interpret.record import Record
+from quantjax.paths import named_leaves
+
+
+def product_errors(
+    apply: Callable[..., Any], params: Any, trees: dict[str, Any], batch: Any
+) -> dict[str, dict[str, tuple[float, ...]]]:
+    """By format and by name of a layer ('path' or 'path/[i]'): local and accumulated SQNR in dB.
+
+    `trees` are like `params`, with everything quantized that the format quantizes, as floats.
+    Products inside what can not be opened (`quantjax.interpret.program`) are not seen."""
+    args = arguments(batch)
+    program = flatten(apply, params, *args)
+    leaves, _ = jax.tree.flatten(args)
+    arrays = [x for x in leaves if isinstance(x, jax.Array | np.ndarray | np.generic)]
+    run = jax.jit(lambda *a: _energies(program, *a))
+    floats = dict(named_leaves(params)[0])
+    out = {}
+    for label, tree in trees.items():
+        energies = jax.device_get(run(floats, dict(named_leaves(tree)[0]), arrays))
+        out[label] = {
+            name: tuple(_decibels(float(signal), float(e)) for e in (local, accumulated))
+            for name, (signal, local, accumulated) in energies.items()
+        }
+    return out
+
+
+def _decibels(signal: float, error: float) -> float:
+    if not error:
+        return float("inf")
+    return float(10 * np.log10(signal / error)) if signal else float("-inf")
+
+
+def _energies(
+    program: Program, floats: dict[str, Any], quantized: dict[str, Any], arrays: list[Any]
+) -> dict[str, jax.Array]:
+    """By layer: the energy of its products, and of their two errors."""
+    machine = Machine(Record())
+    envs: list[dict[int, Any]] = []
+    for _ in range(2):
+        envs.append(dict(zip(program.arguments, arrays, strict=True)))
+    trees = (floats, quantized)
+    found: dict[str, jax.Array] = {}
+    for step in program.instructions:
+        inputs = [
+            [
+                read(machine, x, lambda a, t=tree: layer_of(t[a.path], a.layer), env)
+                for x in step.inputs
+            ]
+            for tree, env in zip(trees, envs, strict=True)
+        ]
+        outs = [step.run(machine, given) for given in inputs]
+        for env, out in zip(envs, outs, strict=True):
+            env.update(zip(step.outputs, out, strict=True))
+        name = _weight(step, inputs[0])
+        if name is None:
+            continue
+        mixed = [q if isinstance(q, Param) else x for x, q in zip(*inputs, strict=True)]
+        y, accumulated = (out[0].astype(jnp.float32) for out in outs)
+        local = step.run(machine, mixed)[0].astype(jnp.float32)
+        energy = jnp.stack([jnp.sum(e**2) for e in (y, local - y, accumulated - y)])
+        found[name] = found[name] + energy if name in found else energy
+    return found
+
+
+def _weight(step: Any, inputs: list[Any]) -> str | None:
+    """The name of the layer if this is its product with an activation."""
+    if not isinstance(step.run, Equation) or step.run.eqn.primitive.name not in PRODUCTS:
+        return None
+    used = [x for x in inputs if isinstance(x, Param)]
+    return used[0].path if len(used) == 1 else None
