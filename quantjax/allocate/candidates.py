@@ -108,7 +108,7 @@ def candidates(params: Any, formats: Any, sites: Sequence[Site]) -> Candidates:
             _weights_only(label, found[label])
     layers: dict[str, tuple[int, ...]] = {}
     for name, leaf in named:
-        specs = [r[name].spec for r in found.values() if r[name].spec is not None]
+        specs = [spec for r in found.values() if (spec := r[name].spec) is not None]
         if len({spec.stacked for spec in specs}) > 1:
             raise ValueError(f"{name}: the formats disagree on how many leading axes are layers.")
         if specs:

@@ -16,8 +16,8 @@ the Hessian a batch (HAWQ-V2, Dong et al. 2019, arXiv:1911.03852)."""
 import dataclasses
 import enum
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -108,21 +108,40 @@ def by_item(
     layers: dict[str, tuple[int, ...]],
     labels: tuple[str, ...],  # as jit sorts the keys of a dict
     quantized: Quantized,
-    function: Callable[[str, QTensor], Array],
-) -> Float[Array, " K"]:
-    """function(path, leaf), one number a layer, of every quantized leaf; zero for floats."""
+    function: Callable[[str, QTensor], Sequence[Array]],
+    count: int,
+) -> Float[Array, "count K"]:
+    """The `count` arrays that function(path, leaf) gives for every quantized leaf, each summed over
+    every layer; zero for floats."""
     parts = []
     for path, shape in layers.items():
         for label in labels:
             q = quantized[label].get(path)
-            zero = jnp.zeros(math.prod(shape), jnp.float32)
-            parts.append(zero if q is None else function(path, q).reshape(-1))
-    return jnp.concatenate(parts)
+            if q is None:
+                parts.append(jnp.zeros((count, math.prod(shape)), jnp.float32))
+            else:
+                sums = [layer_sums(x, shape).reshape(-1) for x in function(path, q)]
+                parts.append(jnp.stack(sums))
+    return jnp.concatenate(parts, 1)
 
 
 def layer_sums(x: Array, shape: tuple[int, ...]) -> Array:
     """The sum over each layer."""
     return jnp.sum(x.astype(jnp.float32), tuple(range(len(shape), x.ndim)))
+
+
+class Measure(Protocol):
+    """Gathers over batches what a `Measured` is made of."""
+
+    def __init__(
+        self, model: Model, layers: dict[str, tuple[int, ...]], labels: tuple[str, ...]
+    ) -> None: ...
+
+    def add(self, leaves: Any, quantized: Quantized, batch: Any, key: Array, examples: int) -> None:
+        """One batch, of so many examples."""
+
+    def result(self, sizes: dict[str, int]) -> Measured:
+        """The mean over all examples; `sizes` are those of one layer of each parameter."""
 
 
 class Fisher:
@@ -147,17 +166,13 @@ class Fisher:
         if model.loss is not None:
             (slope,) = pull(jax.grad(lambda out: model.objective(z, out, batch))(z))
 
-        def one(path: str, q: QTensor) -> Array:
+        def terms(path: str, q: QTensor) -> list[Array]:
             change = dequantize_array(q).astype(jnp.float32) - leaves[path]
-            terms = [change * g[path], (change * g[path]) ** 2]
-            if slope is not None:
-                terms.append(change * slope[path])
-            return jnp.stack([layer_sums(x, layers[path]).reshape(-1) for x in terms], -1)
+            along = [] if slope is None else [change * slope[path]]
+            return [change * g[path], (change * g[path]) ** 2, *along]
 
-        stacked = [
-            by_item(layers, self._labels, quantized, lambda p, q, i=i: one(p, q)[:, i])
-            for i in range(2 if slope is None else 3)
-        ]
+        count = 2 if slope is None else 3
+        stacked = by_item(layers, self._labels, quantized, terms, count)
         rows = {p: layer_sums(g[p] ** 2, s).reshape(-1) for p, s in layers.items()}
         return stacked, rows
 
@@ -280,19 +295,11 @@ class Hessian:
         slope, product = jax.jvp(jax.grad(objective), (leaves,), (v,))
         traces = {p: layer_sums(v[p] * product[p], s).reshape(-1) for p, s in layers.items()}
 
-        def one(path: str, q: QTensor) -> tuple[Array, Array]:
+        def terms(path: str, q: QTensor) -> list[Array]:
             change = dequantize_array(q).astype(jnp.float32) - leaves[path]
-            return change**2, change * slope[path]
+            return [change**2, change * slope[path]]
 
-        squares, first = (
-            by_item(
-                layers,
-                self._labels,
-                quantized,
-                lambda p, q, i=i: layer_sums(one(p, q)[i], layers[p]),
-            )
-            for i in range(2)
-        )
+        squares, first = by_item(layers, self._labels, quantized, terms, 2)
         return squares, first, traces
 
     def add(self, leaves: Any, quantized: Quantized, batch: Any, key: Array, examples: int) -> None:
@@ -307,11 +314,15 @@ class Hessian:
         as zero: no rounding is predicted to gain."""
         squares, first, traces = jax.tree.map(lambda x: x / self._examples, self._sums)
         mean = {p: np.maximum(x, 0.0) / sizes[p] for p, x in traces.items()}
-        weight = np.concatenate([np.tile(x, len(self._labels)) for x in mean.values()])
+        weight = np.concatenate([np.tile(mean[p], len(self._labels)) for p in self._layers])
         curvature = weight * squares / 2
         if self._model.loss is None:
             return Measured(curvature, curvature, None, mean)
         return Measured(first + curvature, None, None, mean)
 
 
-MEASURES = {Mode.FISHER: Fisher, Mode.PERTURBATION: Perturbation, Mode.HESSIAN: Hessian}
+MEASURES: dict[Mode, type[Measure]] = {
+    Mode.FISHER: Fisher,
+    Mode.PERTURBATION: Perturbation,
+    Mode.HESSIAN: Hessian,
+}

@@ -4,6 +4,7 @@
 Local: yhat = its quantized weights on the float model's inputs. Accumulated: the whole model
 quantized, so that its inputs carry what all layers before it lost."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ from quantjax.interpret.evaluate import Machine
 from quantjax.interpret.param import Param
 from quantjax.interpret.pieces import arguments
 from quantjax.interpret.products import PRODUCTS
-from quantjax.interpret.program import Equation, Program, flatten, layer_of, read
+from quantjax.interpret.program import Equation, Leaf, Program, flatten, layer_of, read
 from quantjax.interpret.record import Record
 from quantjax.paths import named_leaves
 
@@ -61,10 +62,7 @@ def _energies(
     found: dict[str, jax.Array] = {}
     for step in program.instructions:
         inputs = [
-            [
-                read(machine, x, lambda a, t=tree: layer_of(t[a.path], a.layer), env)
-                for x in step.inputs
-            ]
+            [read(machine, x, functools.partial(_leaf, tree), env) for x in step.inputs]
             for tree, env in zip(trees, envs, strict=True)
         ]
         outs = [step.run(machine, given) for given in inputs]
@@ -79,6 +77,10 @@ def _energies(
         energy = jnp.stack([jnp.sum(e**2) for e in (y, local - y, accumulated - y)])
         found[name] = found[name] + energy if name in found else energy
     return found
+
+
+def _leaf(tree: dict[str, Any], leaf: Leaf) -> Any:
+    return layer_of(tree[leaf.path], leaf.layer)
 
 
 def _weight(step: Any, inputs: list[Any]) -> str | None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from quantjax.allocate.candidates import Candidates, candidates
 from quantjax.allocate.distribution import Distribution, categorical
-from quantjax.allocate.measures import MEASURES, Loss, Measured, Mode, Model, items_of
+from quantjax.allocate.measures import MEASURES, Item, Loss, Measured, Mode, Model, items_of
 from quantjax.allocate.products import product_errors
 from quantjax.allocate.report import Cell, Row, Sensitivity
 from quantjax.allocate.weights import facts, forms, matrix, rounded
@@ -191,7 +191,7 @@ def _rows(
             name = "/".join([path, *(f"[{i}]" for i in index)])
             cells = []
             for label in options.labels:
-                k = at[path, layer, label]
+                k = at[Item(path, layer, label)]
                 pairs = errors.get(label, {}).get(name)
                 local, accumulated = np.mean(pairs, 0) if pairs else (None, None)
                 divergence = measured.divergence
@@ -203,7 +203,7 @@ def _rows(
                         local_db=None if local is None else float(local),
                         accumulated_db=None if accumulated is None else float(accumulated),
                         rounded=changed[label][layer] if label in changed else None,
-                        clipping_gain_db=gains.get((path, layer, label)),
+                        clipping_gain_db=gains.get(items[k]),
                     )
                 )
             gradient = measured.gradient.get(path)

@@ -13,7 +13,7 @@ from jaxtyping import Float
 
 from quantjax.affine import codes_of, dequantize_array, scale_values
 from quantjax.blocks import sizes, spread
-from quantjax.formats import Codebook, IntFormat
+from quantjax.formats import Codebook, ExponentFormat, IntFormat
 from quantjax.interpret.record import Site
 from quantjax.ptq.matrix import MatrixForm, matrix_form
 from quantjax.qtensor import QTensor
@@ -141,6 +141,7 @@ def _clipped(w: np.ndarray, q: QTensor) -> np.ndarray:
     def each(x: Any) -> Any:
         return spread(x, w.shape, q.block)
 
+    assert not isinstance(q.format, ExponentFormat)  # that is the format of scales alone
     v = w * each(inverse(scale_values(q.scale)))
     if isinstance(q.format, Codebook):
         return np.asarray(q.format.clips(v, q.codebook))
@@ -152,6 +153,7 @@ def _clipped(w: np.ndarray, q: QTensor) -> np.ndarray:
 
 def _used(q: QTensor, count: int) -> tuple[np.ndarray, int]:
     """How many codes the weights of one scale use, on average over each layer, and the most."""
+    assert not isinstance(q.format, ExponentFormat)
     codes = np.asarray(codes_of(q)).astype(np.int64) & 255
     size = sizes(codes.shape, q.block)
     block = np.zeros((1,) * codes.ndim, np.int64)
