@@ -16,9 +16,9 @@ import numpy as np
 
 import quantjax as qj
 from experiments.data import Dataset
-from experiments.output_scales import second_moments, with_output_scales
 from experiments.train import evaluate
 from quantjax.policy import preset_spec
+from quantjax.ptq import rtn
 
 FORMATS = ("w8", "w7", "w6", "w5", "w4", "w3", "w2", "ternary", "w1")
 OBSERVERS: dict[str, qj.Observer] = {"absmax": qj.absmax(), "mse": qj.mse()}
@@ -110,13 +110,13 @@ def prepare(judge: Judge, params: Any) -> Callable[[str, str], Any]:
     least of every layer's output on training images. Levels as in the presets; for "output",
     the whole range of the integers from 2 bits up. Both were chosen on validation images."""
     images = judge.data.normalize(judge.data.train_images[:IMAGES])
-    moments = second_moments(judge.model, params, images)
+    batches = [images[i : i + 256] for i in range(0, len(images), 256)]
 
     def make(name: str, method: str) -> Any:
         if method in OBSERVERS:
             return qj.quantize(params, fitting(policy(name, OBSERVERS[method]), params))
         rules = fitting(policy(name, qj.mse(), full=name not in ("w1", "ternary")), params)
-        return with_output_scales(params, rules, moments)
+        return qj.calibrate(judge.apply, params, batches, rtn(rules, sequential=False))
 
     return make
 

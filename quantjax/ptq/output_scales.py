@@ -20,7 +20,7 @@ from quantjax.scales import inverse
 from quantjax.spec import QuantSpec
 
 # B matrices of O outputs and I inputs; "s" is the shape of the scales.
-MULTIPLES = np.geomspace(2.5, 0.1, 100).astype(np.float32)
+MULTIPLES = np.geomspace(2.0, 0.15, 128).astype(np.float32)
 WIDEST = 1024  # inputs whose errors are added with their signs while multiples are tried
 
 
