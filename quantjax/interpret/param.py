@@ -72,12 +72,16 @@ class Param:
 
 
 def param(
-    value: jax.Array | QTensor | FakeQuantized, path: str, slot: jax.Array | None = None
+    value: jax.Array | QTensor | FakeQuantized | tuple[jax.Array, Trained],
+    path: str,
+    slot: jax.Array | None = None,
 ) -> Param:
-    """A leaf as it lies."""
+    """A leaf as it lies; with what it asks of products, if its array is given as it is."""
     asks = None
     if isinstance(value, FakeQuantized):
-        value, asks = trained(value)
+        value = trained(value)
+    if isinstance(value, tuple):
+        value, asks = value
     return Param(value, path, tuple((a,) for a in range(value.ndim)), slot=slot, trained=asks)
 
 

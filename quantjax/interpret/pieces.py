@@ -70,6 +70,10 @@ class Pieces:
         """How many batches there are."""
         return len(self._segments)
 
+    def segments(self) -> tuple[Segment, ...]:
+        """All pieces, as they are for the first batch."""
+        return self._segments[0]
+
     def segment(self, k: int, batch: int = 0) -> Segment:
         """Piece k, as it is for one batch."""
         return self._segments[batch][k]

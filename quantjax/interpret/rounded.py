@@ -1,25 +1,31 @@
 """How is the activation that meets a parameter rounded at a product? As its leaf says."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from jax import lax
 
 from quantjax.affine import Scales
 from quantjax.interpret.param import Param
+from quantjax.interpret.trained import Trained
 from quantjax.ops import fake_activation
 from quantjax.qtensor import QTensor
 from quantjax.spec import QuantSpec
 
 
 class Rounded(NamedTuple):
-    """How the activation that meets a parameter is rounded; `given` are its static scales."""
+    """How the activation that meets a parameter is rounded; `given` are its static scales. rule: in
+    training, what rounds it instead, rule(x, spec, given, summed, key)."""
 
     spec: QuantSpec
     given: Scales | None
+    rule: Callable[..., Any] | None = None
+    key: Any = None
 
     def fake(self, x: Any, summed: Sequence[int]) -> Any:
         """x as the product sees it, in floats."""
+        if self.rule is not None:
+            return self.rule(x, self.spec, self.given, summed, self.key)
         return fake_activation(x, self.spec, self.given, summed)
 
     def __str__(self) -> str:
@@ -39,6 +45,7 @@ def rounded_activation(eqn: Any, x: Param) -> Rounded | None:
     q = x.value if isinstance(x.value, QTensor) else x.trained
     if q is None or q.act is None or keeps_floats(eqn):
         return None
+    own = (q.rule, q.key) if isinstance(q, Trained) else (None, None)
     if q.act_scale is None:
         if q.act.static:
             raise ValueError(
@@ -46,10 +53,10 @@ def rounded_activation(eqn: Any, x: Param) -> Rounded | None:
                 f"policy to quantjax.calibrate with some batches, or give the activation "
                 f"static=False."
             )
-        return Rounded(q.act, None)
+        return Rounded(q.act, None, *own)
     if q.act_scale.shape:
         raise ValueError(
             f"{x.path}: expected one activation scale at this product, got {q.act_scale.shape}: "
             f"its leading axes are layers, but no scan or index takes them off."
         )
-    return Rounded(q.act, Scales(q.act_scale, q.act_zero_point))
+    return Rounded(q.act, Scales(q.act_scale, q.act_zero_point), *own)

@@ -22,7 +22,7 @@ class Trained:
     """How what meets the parameter is rounded, forward and backward; see FakeQuantized.
 
     act_scale, act_zero_point and key have one entry for each of the leading layers that no scan
-    took off yet.
+    took off yet. rule: how an activation is rounded instead of to nearest, see `Rounded`.
     """
 
     act_scale: jax.Array | None
@@ -31,6 +31,7 @@ class Trained:
     format: Format = dataclasses.field(metadata=dict(static=True))
     act: QuantSpec | None = dataclasses.field(metadata=dict(static=True))
     backward: Backward | None = dataclasses.field(metadata=dict(static=True))
+    rule: Callable[..., Any] | None = dataclasses.field(default=None, metadata=dict(static=True))
 
     def at(self, axis: int, take: Callable[[jax.Array], jax.Array]) -> "Trained":
         """With what `take` makes of each array that has this axis of the parameter."""

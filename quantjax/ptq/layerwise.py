@@ -30,7 +30,7 @@ from quantjax.ptq.observe import observed, start
 from quantjax.qtensor import QTensor
 from quantjax.rounding import Rounding
 from quantjax.spec import QuantSpec
-from quantjax.transform import quantize
+from quantjax.transform import dequantize, quantize
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -100,20 +100,20 @@ class Layerwise:
 
     def __call__(self, run: Run) -> Run:
         run.floats_only(type(self.solver).__name__)
-        resolved, forms = _plan(run, self.policy)
-        tree = _rounded(run.tree, resolved, without=forms)
+        resolved, forms = plan(run, self.policy)
+        tree = rounded(run.tree, resolved, without=forms)
         settled = _settle(self, run, resolved, forms, dict(named_leaves(tree)[0]))
         for path in forms.keys() - settled.keys():
             warnings.warn(
                 f"{path}: no product that is known uses it; rounded to nearest.", stacklevel=2
             )
-        tree = _rounded(run.tree, resolved, without=settled)
+        tree = rounded(run.tree, resolved, without=settled)
         named, structure = named_leaves(tree)
         leaves = [settled.get(name, leaf) for name, leaf in named]
         return dataclasses.replace(run, tree=jax.tree.unflatten(structure, leaves))
 
 
-def _plan(run: Run, policy: Policy | Resolved | str) -> tuple[Resolved, dict[str, MatrixForm]]:
+def plan(run: Run, policy: Policy | Resolved | str) -> tuple[Resolved, dict[str, MatrixForm]]:
     """The decision for every leaf, and the form of those that a product sums over."""
     found = sites(run.apply, run.tree, *run.batches[0])
     if isinstance(policy, Resolved):
@@ -139,7 +139,7 @@ def _plan(run: Run, policy: Policy | Resolved | str) -> tuple[Resolved, dict[str
     return resolved, forms
 
 
-def _rounded(tree: Any, resolved: Resolved, without: Container[str]) -> Any:
+def rounded(tree: Any, resolved: Resolved, without: Container[str]) -> Any:
     """The tree rounded to nearest as it is to be quantized, but for some paths."""
     decisions = [
         (path, dataclasses.replace(d, spec=None) if path in without else d)
@@ -239,7 +239,7 @@ def _settle(
     for path, parts in found.items():
         if () in parts and len(parts) > 1:
             raise ValueError(f"{path}: used as a whole and layer by layer; keep it in float.")
-    return {path: _whole(parts) for path, parts in found.items()}
+    return {path: of_layers(parts) for path, parts in found.items()}
 
 
 def _seen_apart(
@@ -280,17 +280,22 @@ def _solved(solver: Solver, problem: Problem) -> QTensor:
 
 def _running(leaf: Any) -> Any:
     """A leaf as the batches go on through it: a static scale of its activation that is not found
-    yet is found anew in each batch."""
-    act = leaf.act if isinstance(leaf, QTensor) else None
-    if act is None or not act.static or leaf.act_scale is not None:
+    yet is found anew in each batch. Weights alone go on as floats: with codes unpacked in it, a
+    program that ends in a mean over pixels gave garbage on CPU (jaxlib 0.10.2)."""
+    if not isinstance(leaf, QTensor):
+        return leaf
+    act = leaf.act
+    if act is None:
+        return dequantize(leaf)
+    if not act.static or leaf.act_scale is not None:
         return leaf
     return dataclasses.replace(leaf, act=dataclasses.replace(act, static=False))
 
 
-def _whole(found: Mapping[tuple[int, ...], QTensor]) -> QTensor:
+def of_layers(found: Mapping[tuple[int, ...], QTensor]) -> QTensor:
     """One parameter of its layers, or itself."""
     if () in found:
         return found[()]
     firsts = sorted({layer[0] for layer in found})
-    parts = [_whole({k[1:]: q for k, q in found.items() if k[0] == i}) for i in firsts]
+    parts = [of_layers({k[1:]: q for k, q in found.items() if k[0] == i}) for i in firsts]
     return jax.tree.map(lambda *a: jnp.stack(a), *parts)
