@@ -1,0 +1,180 @@
+"""How small does a published ResNet-32 get without training it again, and by which method?
+Run: python -m experiments.ptq_resnet --data-dir DIR [--methods gptq brecq] [--publish]
+Time: a row of weights alone is judged in 15 seconds on two cores; the methods' own times are in the
+table. Rows that are there are not computed again.
+Result: results/ptq_resnet.json, accuracy on the 10,000 test images of CIFAR-10, seconds and memory.
+
+Calibration: 1,024 training images, drawn by three seeds; methods without data run once. Every
+convolution and the dense layer are quantized; `ends` says whether the first and the last have 8
+bits instead. Where activations have less than 8 bits, the image itself keeps 8."""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+import quantjax as qj
+from experiments import resnet
+from experiments.data import load
+from experiments.datasets.sources import find_folder
+from experiments.memory import with_peak
+from experiments.post_training import Judge
+from experiments.report import environment
+from experiments.rows import NotApplicable, Rows
+from quantjax import ptq
+from quantjax.ptq.batch_norm import fold
+
+FORMATS = ("w8a8", "w8", "w4", "w3", "w2", "w4a8", "w4a4")
+BLOCKS = ("layer*_*",)
+IMAGES, BATCH = 1024, 128
+
+
+class Way(NamedTuple):
+    """make: of a policy, the method, or another policy for plain rounding. sampled: whether the
+    calibration images matter. activations: whether it is about activations alone."""
+
+    make: Callable[[qj.Policy], Any]
+    sampled: bool = True
+    activations: bool = False
+
+
+def observed_by(observer: qj.Observer) -> Way:
+    """Rounding to nearest, with the scales that the observer finds of the weights."""
+
+    def make(policy: qj.Policy) -> qj.Policy:
+        rules = policy.rules
+        return qj.Policy([(p, s and dataclasses.replace(s, observer=observer)) for p, s in rules])
+
+    return Way(make, sampled=False)
+
+
+METHODS: dict[str, Way] = {
+    "absmax": observed_by(qj.absmax()),
+    "mse": observed_by(qj.mse()),
+    "hqq": Way(ptq.hqq, sampled=False),
+    "rtn, outputs": Way(ptq.rtn),
+    "awq": Way(ptq.awq),
+    "smoothquant": Way(ptq.smoothquant, activations=True),
+    "gptq": Way(ptq.gptq),
+    "gptq, paper": Way(functools.partial(ptq.gptq, candidates=1, rounds=0, paired=False)),
+    "adaround": Way(ptq.adaround),
+    "brecq": Way(functools.partial(ptq.brecq, blocks=BLOCKS)),
+    "qdrop": Way(functools.partial(ptq.qdrop, blocks=BLOCKS), activations=True),
+    "equalize, rtn": Way(lambda policy: qj.chain(ptq.equalize(), ptq.rtn(policy))),
+    "rtn, bias corrected": Way(lambda policy: qj.chain(ptq.rtn(policy), ptq.bias_correction())),
+    "gptq, norms re-estimated": Way(
+        lambda policy: qj.chain(ptq.gptq(policy), ptq.re_estimate_batch_norm())
+    ),
+    "gptq, rank 4": Way(lambda policy: ptq.low_rank(ptq.gptq(policy), rank=4)),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """data_dir: holds CIFAR-10 and, itself or in `pretrained/`, the network. methods: names in
+    METHODS; formats: presets. ends: the bits of the first and the last layer. folded:
+    whether the normalizations are folded into the convolutions first. seeds: of the choice of
+    images. out: where results go; publish: to experiments/results instead."""
+
+    data_dir: Path
+    methods: tuple[str, ...] = tuple(METHODS)
+    formats: tuple[str, ...] = FORMATS
+    ends: tuple[Literal["low", "8 bits"], ...] = ("low",)
+    folded: tuple[bool, ...] = (False,)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    out: Path = Path("runs")
+    publish: bool = False
+
+
+def policy(name: str, ends: str) -> qj.Policy:
+    """A preset on every kernel; the image in 8 bits, and with `ends` the outer layers as well."""
+    eight = "w8a8" if "a" in name else "w8"
+    if ends == "8 bits":
+        rules = [("conv1/kernel", eight), ("linear/kernel", eight)]
+    else:
+        image = f"{name.split('a')[0]}a8" if "a" in name else name
+        rules = [("conv1/kernel", image)]
+    return qj.Policy([*rules, ("**/kernel", name)])
+
+
+def network(data_dir: Path, scratch: Path) -> tuple[Judge, Any]:
+    """What evaluates trees on CIFAR-10, and the published parameters."""
+    data = load("cifar10", data_dir=data_dir, validation=0)
+    folder = find_folder((data_dir, data_dir / "pretrained"), [resnet.FILE]) or data_dir
+    judge = Judge(resnet.ResNet(), resnet.pixels_of_resnet(data), scratch)
+    return judge, resnet.load_resnet(folder / resnet.FILE)
+
+
+def batches(judge: Judge, seed: int) -> list[Any]:
+    """Calibration images, drawn by the seed."""
+    images = judge.data.train_images
+    chosen = np.random.RandomState(seed).choice(len(images), IMAGES, replace=False)
+    return jnp.split(judge.data.normalize(images[chosen]), IMAGES // BATCH)
+
+
+def measured(
+    judge: Judge, params: Any, way: Way, policy: qj.Policy, folded: bool, images: list[Any]
+) -> Mapping[str, Any]:
+    """One row: the quantized network on the test images."""
+    low = any(spec and spec.act for _, spec in policy.rules)
+    if way.activations and not low:
+        raise NotApplicable("changes nothing where activations are float")
+    method = way.make(policy)
+    if folded:
+        params = fold(judge.apply, params, images[0])
+
+    def quantized() -> Any:
+        if isinstance(method, qj.Policy):
+            return qj.quantize(params, method)
+        return qj.calibrate(judge.apply, params, images, method)
+
+    start = time.perf_counter()
+    tree, peak = with_peak(quantized)
+    seconds = time.perf_counter() - start
+    scores, _ = judge.test(tree if low else qj.dequantize(tree))
+    bits = qj.summary(tree).totals.bits_per_weight
+    return {**scores, "bits_per_weight": bits, "seconds": seconds, "peak_bytes": peak}
+
+
+def main(config: Config) -> None:
+    """Computes the rows that are missing, one after another."""
+    home = Path(__file__).parent if config.publish else config.out
+    judge, params = network(config.data_dir, config.out)
+    head = {
+        "question": (__doc__ or "").splitlines()[0],
+        "calibration_images": IMAGES,
+        "batch": BATCH,
+    }
+    rows = Rows(home / "results" / "ptq_resnet.json", head)
+    say: Callable[..., dict[str, Any]] = lambda key, compute: rows.row(  # noqa: E731
+        key, compute, **environment()
+    )
+    float_key = {"method": "float", "format": "float32"}
+    print(say(float_key, lambda: judge.test(params)[0]))
+    for ends in config.ends:
+        for folded in config.folded:
+            for name in config.methods:
+                way = METHODS[name]
+                for seed in config.seeds if way.sampled else (0,):
+                    images = batches(judge, seed)
+                    for format in config.formats:
+                        key = {"method": name, "format": format, "ends": ends, "folded": folded}
+                        key["seed"] = seed if way.sampled else None
+                        rules = policy(format, ends)
+                        row = say(
+                            key,
+                            lambda way=way, rules=rules, folded=folded, images=images: measured(
+                                judge, params, way, rules, folded, images
+                            ),
+                        )
+                        print(row)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
