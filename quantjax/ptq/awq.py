@@ -21,8 +21,10 @@ from quantjax.formats import is_learned
 from quantjax.observers import Observer, absmax, magnitude, minmax
 from quantjax.policy import Policy, Resolved
 from quantjax.ptq.channels import by_channel, by_input, lead_of, on_leaf
+from quantjax.ptq.folded import Folded
 from quantjax.ptq.layerwise import Layerwise, Problem
 from quantjax.ptq.matrix import MatrixForm
+from quantjax.ptq.moments import Moments
 from quantjax.qtensor import QTensor
 from quantjax.spec import QuantSpec
 
@@ -56,6 +58,31 @@ def channel_scales(
     return jnp.concatenate([s, jnp.ones_like(s[:1])])
 
 
+def relative(w: Float[Array, "*w"], spec: QuantSpec) -> Float[Array, "*w"]:
+    """The magnitude of every weight over the largest of its group."""
+    block = spec.block_shape
+    largest = jnp.maximum(magnitude(split(w, block)), np.float32(1e-30))
+    return jnp.abs(w) / spread(largest, w.shape, block)
+
+
+def lost(
+    w: Float[Array, "*w"],
+    s: Float[Array, "*#w"],
+    h_BII: Float[Array, "b i i"],
+    form: MatrixForm,
+    spec: QuantSpec,
+) -> Float[Array, " b"]:
+    """||Q(W diag s) diag(1/s) X - W X||^2 of every matrix, s in the axes of the leaf."""
+    x = w * s
+    v = fake_quantize_array(x, find_scales(x, spec), spec=spec) * (1 / s)
+    return output_error(form.matrices(v - w), h_BII).sum((1, 2))
+
+
+@functools.partial(jax.jit, static_argnames=("form", "spec"))
+def _each_lost(w, s_N, h_BII, *, form, spec):
+    return lax.map(lambda s: lost(w, s, h_BII, form, spec).sum(), s_N)
+
+
 @functools.partial(jax.jit, static_argnames=("form", "spec", "points"))
 def search(
     w: Float[Array, "*w"],
@@ -68,18 +95,13 @@ def search(
 ) -> Float[Array, "l c"]:
     """The scales s of `channel_scales` with the least ||Q(W diag s) diag(1/s) X - W X||^2, matrix
     by matrix. As s = 1 is tried too, none is worse than rounding."""
-    block = spec.block_shape
-    largest = jnp.maximum(magnitude(split(w, block)), np.float32(1e-30))
-    relative = form.matrices(jnp.abs(w) / spread(largest, w.shape, block))
     m_LC = by_channel(magnitude_BI, form, w.shape, jnp.mean)
-    w_LC = by_channel(relative.mean(1), form, w.shape, jnp.mean)
+    relative_BI = form.matrices(relative(w, spec)).mean(1)
+    w_LC = by_channel(relative_BI, form, w.shape, jnp.mean)
     tried_NLC = channel_scales(m_LC, w_LC, points)
 
     def error(s_LC: jax.Array) -> jax.Array:
-        s = on_leaf(s_LC, form, w.shape)
-        x = w * s
-        v = fake_quantize_array(x, find_scales(x, spec), spec=spec) * (1 / s)
-        lost_B = output_error(form.matrices(v - w), h_BII).sum((1, 2))
+        lost_B = lost(w, on_leaf(s_LC, form, w.shape), h_BII, form, spec)
         return lost_B.reshape(len(s_LC), -1).sum(1)
 
     best_L = jnp.argmin(lax.map(error, tried_NLC), axis=0)
@@ -123,14 +145,14 @@ def clipped(
         ranges.append(find_range(x, dataclasses.replace(spec, observer=widest)))
     lows, highs = (jnp.stack([each[i] for each in ranges]) for i in (0, 1))
 
-    def lost(scales: Scales) -> jax.Array:
+    def apart(scales: Scales) -> jax.Array:
         e = fake_quantize_array(x, scales, spec=spec) - x
         return output_error(form.matrices(e), within_BII)
 
     def error(candidate: tuple[jax.Array, jax.Array]) -> jax.Array:
         which, ratio = candidate
         scales = range_scales(lows[which] * ratio, highs[which] * ratio, spec)
-        blocked = split(form.leaf(lost(scales), x.shape), block)
+        blocked = split(form.leaf(apart(scales), x.shape), block)
         values = blocked.values
         if blocked.valid is not None:
             values = jnp.where(blocked.valid, values, np.float32(0))
@@ -164,16 +186,44 @@ def _coarse(spec: QuantSpec) -> QuantSpec:
 
 @dataclasses.dataclass(frozen=True)
 class AWQ:
-    """The solver of one parameter; see `awq`."""
+    """The solver of one parameter; see `awq`. fixed: the names of parameters whose inputs were
+    scaled already, and whose range alone is searched."""
 
     points: int = POINTS
     clip: bool = True
+    fixed: frozenset[str] = frozenset()
     paired: ClassVar[bool] = False
+    widest: ClassVar[bool] = False  # of inputs and weights, not the mean
+
+    def of_weights(self, w: Float[Array, "*w"], spec: QuantSpec) -> Float[Array, "*w"]:
+        """What of the weights enters s."""
+        return relative(w, spec)
+
+    def of_inputs(self, moments: Moments) -> Float[Array, "b i"]:
+        """What of the inputs enters s."""
+        return moments.magnitude
+
+    def tried(self, m_C: Float[Array, " c"], w_C: Float[Array, " c"]) -> Float[Array, "n c"]:
+        """The scales of channels among which the best is to be found."""
+        return channel_scales(m_C[None], w_C[None], self.points)[:, 0]
+
+    def errors(self, problem: Problem, s_N: Float[Array, "n *#w"]) -> Float[Array, " n"]:
+        """The output error of a parameter under each of these scales, in the axes of the leaf."""
+        w, how = (
+            problem.w.astype(jnp.float32),
+            {"form": problem.form, "spec": _coarse(problem.spec)},
+        )
+        return _each_lost(w, s_N, problem.moments.h, **how)
 
     def __call__(self, problem: Problem) -> QTensor:
         """The parameter, its channels scaled, and its input scale."""
         moments, form, spec = problem.moments, problem.form, problem.spec
         w, how = problem.w.astype(jnp.float32), {"form": form, "points": self.points}
+        if problem.name in self.fixed:
+            scales = find_scales(w, spec)
+            if self.clip:
+                scales = clipped(w, moments.h, spec=spec, **how)
+            return problem.stored(problem.w_BOI, scales)
         s_LC = search(w, moments.magnitude, moments.h, spec=_coarse(spec), **how)
         x = w * on_leaf(s_LC, form, w.shape)
         t_BI = by_input(1 / s_LC, form, w.shape)
@@ -194,16 +244,20 @@ def awq(
     points: int = POINTS,
     clip: bool = True,
     sequential: bool = True,
-) -> Layerwise:
+    fold: bool = True,
+) -> Layerwise | Folded:
     """The method that scales every input channel by how much it matters, then rounds to nearest.
 
     s = argmin_s ||Q(W diag s) diag(1/s) X - W X||^2 over s_j = m_j^r / w_j^(1-r), `points` values
     of r and s = 1; m: mean |X_j|, w: mean |W_j| relative to its group. Then (`clip`) the range of
-    every group that changes its outputs least. Any format, symmetric or not. The leaf keeps 1/s as
-    its `input_scale`, one float32 an input channel, by which products multiply the activation.
+    every group that changes its outputs least. Any format, symmetric or not. fold: where the
+    parameters before can take 1/s exactly (`find_scaling`), they do, with one s for all products of
+    an input, such as queries, keys and values; elsewhere the leaf keeps 1/s as its `input_scale`,
+    one float32 an input channel, by which products multiply the activation.
     Where only the range is to be searched, as the paper does for queries and keys, or nothing, use
     rules of a policy and another method for those. Source: Lin et al. 2023, arXiv:2306.00978.
     """
     if points < 1:
         raise ValueError(f"awq: points must be 1 or more, got {points}.")
-    return Layerwise(policy, AWQ(points, clip), sequential)
+    method = Layerwise(policy, AWQ(points, clip), sequential)
+    return Folded(method) if fold else method

@@ -298,4 +298,19 @@ def of_layers(found: Mapping[tuple[int, ...], QTensor]) -> QTensor:
         return found[()]
     firsts = sorted({layer[0] for layer in found})
     parts = [of_layers({k[1:]: q for k, q in found.items() if k[0] == i}) for i in firsts]
-    return jax.tree.map(lambda *a: jnp.stack(a), *parts)
+    return jax.tree.map(lambda *a: jnp.stack(a), *_alike(parts))
+
+
+def _alike(parts: Sequence[QTensor]) -> list[QTensor]:
+    """The layers of one parameter with the same children: an input scale of ones, and factors of
+    zeros, for those that were rounded to nearest or need none."""
+
+    def filled(name: str, value: float) -> dict[str, Any]:
+        have = [getattr(q, name) for q in parts if getattr(q, name) is not None]
+        return {name: jnp.full_like(have[0], value)} if have else {}
+
+    extra = filled("input_scale", 1) | filled("left", 0) | filled("right", 0)
+    return [
+        dataclasses.replace(q, **{k: v for k, v in extra.items() if getattr(q, k) is None})
+        for q in parts
+    ]

@@ -18,6 +18,7 @@ from quantjax.affine import dequantize_array, find_scales
 from quantjax.policy import Policy, Resolved
 from quantjax.ptq.channels import factors_on_leaf, lead_of
 from quantjax.ptq.factor import damped_cholesky
+from quantjax.ptq.folded import Folded
 from quantjax.ptq.layerwise import Layerwise, Problem, Solver
 from quantjax.qtensor import QTensor
 
@@ -109,12 +110,12 @@ class LowRank:
 
 
 def low_rank(
-    method: Layerwise | Policy | Resolved | str,
+    method: Layerwise | Folded | Policy | Resolved | str,
     *,
     rank: int,
     weighted: bool = True,
     dtype: np.dtype | type = jnp.bfloat16,
-) -> Layerwise:
+) -> Layerwise | Folded:
     """The method that adds to every quantized parameter a term of low rank, in float.
 
     left, right = argmin ||(W - D(Q(W)) - left @ right) X||^2 (`weighted`, by E[x x'] of the
@@ -128,7 +129,12 @@ def low_rank(
         raise ValueError(f"low_rank: rank must be 1 or more, got {rank}.")
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"low_rank: dtype must be a float, got {dtype}.")
+    if isinstance(method, Folded):
+        return Folded(_corrected(method.method, rank, weighted, np.dtype(dtype)))
     if not isinstance(method, Layerwise):
         method = Layerwise(method, Nearest(), sequential=False)
-    solver = LowRank(method.solver, rank, weighted, np.dtype(dtype))
-    return dataclasses.replace(method, solver=solver)
+    return _corrected(method, rank, weighted, np.dtype(dtype))
+
+
+def _corrected(method: Layerwise, rank: int, weighted: bool, dtype: np.dtype) -> Layerwise:
+    return dataclasses.replace(method, solver=LowRank(method.solver, rank, weighted, dtype))
