@@ -71,7 +71,8 @@ class _Measure:
             # Powers other than 1 come of roots and squares on the way to this product.
             s_N = np.where(index < 0, np.float32(1), s_NC[:, index] ** use.factor.power)
             lost_N = np.asarray(self.solver.errors(problem, jnp.asarray(s_N, jnp.float32)))
-            self.errors[use.group] = self.errors.get(use.group, 0) + np.float64(lost_N)
+            so_far = self.errors.setdefault(use.group, np.zeros(len(lost_N)))
+            so_far += lost_N
             self.logs.setdefault(use.group, []).append(np.log(np.float64(s_NC)))
         return problem.stored(problem.w_BOI, find_scales(w, problem.spec))
 
@@ -89,7 +90,7 @@ def _of_channels(
         else:
             total += np.bincount(at[inside], values[inside], channels)
             count += np.bincount(at[inside], minlength=channels)
-    return np.float32(total if widest else total / np.maximum(count, 1))
+    return (total if widest else total / np.maximum(count, 1)).astype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
