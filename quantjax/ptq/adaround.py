@@ -16,9 +16,11 @@ from jaxtyping import Array, Float
 from quantjax.affine import find_scales
 from quantjax.formats import Format
 from quantjax.policy import Policy, Resolved
+from quantjax.ptq import refine
 from quantjax.ptq.gptq import gptq_matrix
 from quantjax.ptq.layerwise import Layerwise, Problem
 from quantjax.ptq.matrix import Cells, on_grid
+from quantjax.ptq.output_scales import rounded_by_output
 from quantjax.ptq.soft_rounding import (
     Anneal,
     adam,
@@ -29,7 +31,8 @@ from quantjax.ptq.soft_rounding import (
     softened,
     start_at,
 )
-from quantjax.ptq.sweep import each_cell, sweep
+from quantjax.ptq.sweep import each_cell
+from quantjax.ptq.tiling import Tiling
 from quantjax.qtensor import QTensor
 
 # O outputs, I inputs
@@ -118,18 +121,11 @@ def descended(
 ) -> Float[Array, "o i"]:
     """v after sweeps of coordinate descent: weight by weight the best level given all others, that
     nearest to v_j - (e H - r)_j / H_jj. The error never rises. `cells` are of v's shape."""
-    curve_I1 = jnp.diagonal(h_II)[:, None]
-    seen_I1 = curve_I1 > 0  # an input that was never seen leaves its weight as it is
-    inverse_I1 = jnp.where(seen_I1, 1 / jnp.where(seen_I1, curve_I1, 1), 0)
-    f_II = h_II * inverse_I1.T
-    w_IO, v_IO, cells = w_OI.T, v_OI.T, each_cell(jnp.transpose, cells)
-    moved_IO = w_IO if r_OI is None else w_IO + r_OI.T * inverse_I1
     for _ in range(SWEEPS):
-        # A sweep goes from the last weight to the first; of those before it, it sees the old ones.
-        old_IO = jnp.matmul(jnp.triu(f_II, 1).T, w_IO - v_IO, precision="highest")
-        base_IO = jnp.where(seen_I1, moved_IO + old_IO, v_IO)
-        v_IO, _ = sweep(base_IO, w_IO, f_II, curve_I1[:, 0], cells, format)
-    return v_IO.T
+        slope_OI = jnp.matmul(w_OI - v_OI, h_II, precision="highest")
+        slope_OI = slope_OI if r_OI is None else slope_OI + r_OI
+        v_OI = refine.descended(v_OI, slope_OI, h_II, cells, format)
+    return v_OI
 
 
 @functools.partial(jax.jit, static_argnames=("format", "anneal"))
@@ -143,6 +139,15 @@ def _all(w_BOI, h_BII, cross_BII, cells, *, format, anneal):
     return lax.map(one, (w_BOI, h_BII, cross_BII, cells))
 
 
+_found = jax.jit(find_scales, static_argnames="spec")
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "tiling"))
+def _fitted(w_BOI, h_BII, scales, *, spec, tiling):
+    """The scales that serve the outputs best when rounded to nearest."""
+    return rounded_by_output(w_BOI, h_BII, scales, spec, tiling)[1]
+
+
 @dataclasses.dataclass(frozen=True)
 class AdaRound:
     """The solver of one parameter; see `adaround`."""
@@ -152,12 +157,14 @@ class AdaRound:
 
     def __call__(self, problem: Problem) -> QTensor:
         """The parameter with every weight rounded the better way."""
-        moments = problem.moments
-        scales = find_scales(problem.w, problem.spec)
-        w_BOI = problem.w_BOI
+        moments, w_BOI, spec = problem.moments, problem.w_BOI, problem.spec
+        scales = _found(problem.w, spec=spec)
+        if spec.scale_format is None:  # a scale may be any number, not only one of a grid
+            tiling = Tiling(problem.form, spec.block_shape, problem.w.shape)
+            scales = _fitted(w_BOI, moments.h, scales, spec=spec, tiling=tiling)
         v_BOI = _all(
             w_BOI, moments.h, moments.cross, problem.cells(scales),
-            format=problem.spec.format, anneal=self.anneal,
+            format=spec.format, anneal=self.anneal,
         )  # fmt: skip
         return problem.stored(v_BOI, scales)
 
@@ -168,7 +175,8 @@ def adaround(
     """The method that rounds every weight up or down for the least error of its layer's output.
 
     min_V E |W x - W_hat x_q|^2 + lambda sum 1 - |2 h(V) - 1|^beta with W_hat between the two
-    levels next to W: h(V) = 1 is the upper one, h(V) = 0 the lower; beta falls from 20 to 2.
+    levels next to W: h(V) = 1 is the upper one, h(V) = 0 the lower; beta falls from 20 to 2. The
+    scales are those that serve the outputs best under plain rounding (see `rtn`).
     x_q are the inputs after the quantized layers before (`sequential`). Any format, codebooks
     too. The outputs are compared before any nonlinearity; through what follows the layer they are
     compared by `brecq(policy)`, which costs passes of the data instead of products with their

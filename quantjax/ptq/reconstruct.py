@@ -145,7 +145,7 @@ class _Block:
         segment = self.pieces.segment(self.k)
         held = [self.leaves(x) for x in segment.leaves]
         w = [held[p.leaf] for p in self.places]
-        scales = [find_scales(x, p.spec) for x, p in zip(w, self.places, strict=True)]
+        scales = [_found(x, spec=p.spec) for x, p in zip(w, self.places, strict=True)]
         given = self._given(held, w, scales, samples)
         how = How(self.places, method.anneal, method.drop)
         v = [start_at(x.astype(jnp.float32), b) for x, b in zip(w, given.between, strict=True)]
@@ -251,6 +251,7 @@ class _Block:
         return state
 
 
+_found = jax.jit(find_scales, static_argnames="spec")
 _quantized = jax.jit(affine.quantize_array, static_argnames="spec")
 _between = jax.jit(lambda w, scales, place: place.between(w, scales), static_argnames="place")
 
