@@ -200,6 +200,19 @@ def test_a_norm_that_can_not_be_folded_is_left_with_a_reason(name):
         assert not caught
 
 
+def test_weights_that_another_product_reads_are_not_folded():
+    _, p, x = by_hand(lambda p, k: p["b"] - p["mean"] * k)
+
+    def apply(p, x):
+        y = (x @ p["w"] - p["mean"]) * (p["gain"] * lax.rsqrt(p["var"] + 1e-5))
+        return jax.nn.relu(y) @ p["head"] + (x @ p["w"]) @ p["other"]
+
+    p["other"] = p["head"] + 1
+    with pytest.warns(UserWarning, match="gain: not folded: .* other products as well: other"):
+        new = fold(apply, p, x)
+    np.testing.assert_array_equal(new["w"], p["w"])
+
+
 def test_a_channel_without_gain_stays():
     apply, p, x = plain(
         lambda p, y: (y - p["mean"]) * (p["gain"] * lax.rsqrt(p["var"] + 1e-5)) + p["b"]

@@ -151,6 +151,17 @@ def test_what_can_not_be_turned_is_left_with_a_reason():
         assert rotated(squeezed, p, jnp.ones((3, D))) is p
 
 
+def test_a_sum_over_channels_keeps_the_vector_of_ones():
+    def apply(p, x):
+        y = x @ p["a"]
+        return jnp.tanh(y @ p["b"]) * y.sum(-1, keepdims=True)
+
+    p, x = {"a": weights()["head"], "b": weights(1)["head"].T}, weights(2)["embedding"]
+    (turn,) = find_turns(apply, p, x).free
+    assert turn.keeps_sum
+    same(apply, p, rotated(apply, p, x), x)
+
+
 def test_a_gain_of_zero_is_a_weight_of_zero():
     p = weights()
     p["norm"] = p["norm"].at[3].set(0)
