@@ -8,18 +8,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from quantjax.interpret.bases import (
-    Basis,
-    Known,
-    Part,
-    State,
-    Step,
-    bases_of,
-    constant,
-    fixed,
-    plain,
-)
+from quantjax.interpret.bases import Basis, Known, Part, State
 from quantjax.interpret.bases import parts as parts_of
+from quantjax.interpret.bases_of import Step, bases_of, constant, fixed, plain
 from quantjax.interpret.intercept import is_array
 from quantjax.interpret.program import Constant, Equation, Leaf, Operand, Take, flatten
 from quantjax.interpret.scaling import Key
