@@ -1,6 +1,7 @@
 """Why does this layer hurt? What stands out about it, in words; and the report as plain text."""
 
 import statistics
+import textwrap
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -115,7 +116,10 @@ def text(report: "Sensitivity") -> str:
         for row in worst:
             cell = row.cell(format)
             lines.append(f"  {row.name}: {cell.loss:.2e}, {cell.loss / total:.0%} of all")
-            lines += [f"    {reason}" for reason in report.why(row, format)]
+            for reason in report.why(row, format):
+                lines += textwrap.wrap(
+                    reason, WIDTH, initial_indent=" " * 4, subsequent_indent=" " * 6
+                )
     return "\n".join(lines)
 
 
