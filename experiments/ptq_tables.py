@@ -6,7 +6,7 @@ from typing import Any
 from experiments.report import mean_sd, spread
 
 Row = Mapping[str, Any]
-Table = tuple[Sequence[str], list[Sequence[str]]]
+Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 MISSING = "not run"
 
 
