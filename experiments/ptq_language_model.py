@@ -1,7 +1,9 @@
 """How much does a small language model lose when it is quantized without training it again?
 Run: python -m experiments.ptq_language_model --model.data-dir FOLDER [--publish]
-Time: minutes a row on two cores; rows that are there are not computed again.
-Result: results/ptq_language_model.json. Trains the model first if it is not there.
+Time: half a minute to three minutes a row on two busy cores; rows there are not computed again.
+Result: results/ptq_language_model.json. KL to the float model over that of absmax rounding at the
+same bits, one calibration seed: gptq 0.33 at w4g64, 0.27 at w3g64, 0.19 at w2g64. Trains the model
+first if it is not there.
 
 Quantized are all projections of all layers; beside each, the same with the tied embedding in
 8-bit codes too (weights only). Norms stay float. Judged on windows of the test split: perplexity
@@ -241,7 +243,11 @@ def main(config: Config) -> None:
 
     def floats() -> Mapping[str, Any]:
         size = 4 * sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6
-        return {"bits_per_weight": 32.0, "float_mb": size, **judge.scores(params)}
+        whole = Judge(apply, params, data.test_images, data.test_labels)
+        perplexity = whole.scores(params)["perplexity"]
+        by_word = perplexity ** (whole.targets.size / data.test_words)
+        on_all = {"perplexity": perplexity, "perplexity_a_word": by_word}
+        return {"bits_per_weight": 32.0, "float_mb": size, **judge.scores(params), "all": on_all}
 
     table.row({"method": "float", "format": "float32", "seed": None}, floats, **about)
     for turn in config.seeds:  # a whole table of one seed first

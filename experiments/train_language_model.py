@@ -1,7 +1,8 @@
 """The small language model that quantization is judged on: how well does it predict?
 Run: python -m experiments.train_language_model --data-dir FOLDER
 Time: 31 minutes on two cores that were busy with other work besides.
-Result: cross-entropy 4.03 nats on the validation text, perplexity 56.3 a token of 4,096 byte pairs.
+Result: perplexity 56.3 a token of 4,096 byte pairs on the validation text; on the test text 53.4,
+which is 205 a word.
 
 The run is saved after each epoch and resumed. The parameters lie in
 `runs/language_model/checkpoint.npz`; `load` gives them, after training where there are none."""
