@@ -28,6 +28,7 @@ from experiments.post_training import Judge
 from experiments.report import environment
 from experiments.rows import NotApplicable, Rows
 from quantjax import ptq
+from quantjax.policy import preset_spec
 from quantjax.ptq.batch_norm import fold
 
 FORMATS = ("w8a8", "w8", "w4", "w3", "w2", "w4a8", "w4a4")
@@ -92,15 +93,27 @@ class Config:
     publish: bool = False
 
 
+def rectified(name: str) -> qj.QuantSpec:
+    """A preset; activations below 8 bits unsigned and static: they come out of rectifiers, and half
+    of a signed grid would lie idle."""
+    spec = preset_spec(name)
+    if spec.act is None or spec.act.format.bits == 8:
+        return spec
+    grid = qj.IntFormat(spec.act.format.bits, signed=False)
+    tensor = qj.Granularity.TENSOR
+    act = qj.QuantSpec(format=grid, block=tensor, static=True, observer=qj.mse())
+    return dataclasses.replace(spec, act=act)
+
+
 def policy(name: str, ends: str) -> qj.Policy:
     """A preset on every kernel; the image in 8 bits, and with `ends` the outer layers as well."""
-    eight = "w8a8" if "a" in name else "w8"
+    weights, _, activations = name.partition("a")
+    image = "a8" if activations else ""
+    outer = "w8" if ends == "8 bits" else weights
+    rules: list[tuple[str, Any]] = [("conv1/kernel", outer + image)]
     if ends == "8 bits":
-        rules = [("conv1/kernel", eight), ("linear/kernel", eight)]
-    else:
-        image = f"{name.split('a')[0]}a8" if "a" in name else name
-        rules = [("conv1/kernel", image)]
-    return qj.Policy([*rules, ("**/kernel", name)])
+        rules.append(("linear/kernel", outer + image))
+    return qj.Policy([*rules, ("**/kernel", rectified(name))])
 
 
 def network(data_dir: Path, scratch: Path) -> tuple[Judge, Any]:
@@ -122,7 +135,8 @@ def measured(
     judge: Judge, params: Any, way: Way, policy: qj.Policy, folded: bool, images: list[Any]
 ) -> Mapping[str, Any]:
     """One row: the quantized network on the test images."""
-    low = any(spec and spec.act for _, spec in policy.rules)
+    acts = [spec.act for _, spec in policy.rules if spec and spec.act]
+    low, static = bool(acts), any(act.static for act in acts)
     if way.activations and not low:
         raise NotApplicable("changes nothing where activations are float")
     method = way.make(policy)
@@ -130,7 +144,9 @@ def measured(
         params = fold(judge.apply, params, images[0])
 
     def quantized() -> Any:
-        if isinstance(method, qj.Policy):
+        if isinstance(method, qj.Policy) and not any(
+            s and s.act and s.act.static for _, s in rules
+        ):
             return qj.quantize(params, method)
         return qj.calibrate(judge.apply, params, images, method)
 
