@@ -144,9 +144,7 @@ def measured(
         params = fold(judge.apply, params, images[0])
 
     def quantized() -> Any:
-        if isinstance(method, qj.Policy) and not any(
-            s and s.act and s.act.static for _, s in rules
-        ):
+        if isinstance(method, qj.Policy) and not static:
             return qj.quantize(params, method)
         return qj.calibrate(judge.apply, params, images, method)
 
