@@ -55,6 +55,7 @@ def test_the_half_is_that_of_the_curvature(distribution):
     np.testing.assert_allclose((half**2).sum(-1), expected, rtol=1e-4)
 
 
+@pytest.mark.full
 def test_perturbation_is_what_an_evaluation_gives():
     params, batches = mlp(), inputs()
     report = qj.sensitivity(apply, params, batches, [*FORMATS, None], mode=Mode.PERTURBATION)

@@ -243,6 +243,7 @@ def images(seed: int, n: int = 32) -> jax.Array:
     return jax.random.normal(jax.random.key(seed), (n, 5, 5, 4)) + 0.5
 
 
+@pytest.mark.full
 def test_calibrates_a_network_nearer_to_the_float_one_than_rounding() -> None:
     ours = nearest = 0.0
     for seed in (0, 1):

@@ -16,6 +16,7 @@ import pytest
 import quantjax as qj
 from quantjax import formats, ptq
 from quantjax.formats import Codebook, ExponentFormat, IntFormat, Levels
+from tests.daily import daily
 
 METHODS: dict[str, Callable[[Any], Any]] = {
     "rtn": ptq.rtn,
@@ -49,11 +50,12 @@ REFUSED = {  # (method, format): what the error says
     **{("hqq", f): "HQQ needs integers" for f in ("nf4", "kmeans3", "e4m3", "mxfp4", "nvfp4")},
 }
 CELLS = [
-    pytest.param(m, f, id=f"{m}-{f}", marks=[] if (i + 2 * j) % 7 == 0 else pytest.mark.full)
+    pytest.param(m, f, id=f"{m}-{f}", marks=[] if (i + 2 * j) % 14 == 0 else pytest.mark.full)
     for i, m in enumerate(METHODS)
     for j, f in enumerate(FORMATS)
 ]
 each_method = pytest.mark.parametrize("name", METHODS)
+most_used = pytest.mark.parametrize("name", daily(METHODS, ["gptq", "awq"]))
 
 
 def normal(*shape: int, seed: int = 0) -> jax.Array:
@@ -110,7 +112,7 @@ def test_every_format(name, fmt):
         assert ours <= plain * (1 + 1e-4)
 
 
-@each_method
+@most_used
 def test_bfloat16_is_kept_and_summed_in_float32(name):
     low = jax.tree.map(lambda a: a.astype(jnp.bfloat16), DENSE)
     x = X.astype(jnp.bfloat16)
@@ -142,7 +144,7 @@ def test_a_second_call_compiles_nothing(name):
     assert not again
 
 
-@each_method
+@most_used
 def test_odd_weights_are_finite(name):
     params = {
         "zero": {"kernel": jnp.zeros((4, 3))},
@@ -195,7 +197,7 @@ def near(got: Any, want: Any) -> None:
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
-@each_method
+@most_used
 def test_stacked_layers_are_as_layers_apart(name):
     w, x = normal(3, 6, 6) / 2, inputs(32, 6)
 
@@ -213,7 +215,7 @@ def test_stacked_layers_are_as_layers_apart(name):
     near(jnp.stack([p["kernel"] for p in qj.dequantize(want)]), qj.dequantize(got)["kernel"])
 
 
-@each_method
+@most_used
 def test_experts_are_as_each_alone(name):
     w, x = normal(3, 8, 5), jnp.stack([inputs(32, 8, seed=s) for s in range(3)])
 
@@ -226,7 +228,7 @@ def test_experts_are_as_each_alone(name):
         near(qj.dequantize(got)["kernel"][e], qj.dequantize(alone)["kernel"])
 
 
-@each_method
+@most_used
 def test_an_expert_that_is_never_reached_is_rounded(name):
     """Rows of zeros are what a router leaves to it."""
     w, x = normal(2, 8, 5), jnp.stack([inputs(32, 8), jnp.zeros((32, 8))])
@@ -252,7 +254,7 @@ def convolved(groups: int) -> Callable[[Any, Any], Any]:
     return apply
 
 
-@each_method
+@most_used
 def test_groups_of_a_convolution_are_as_each_alone(name):
     if name == "awq":
         pytest.skip("takes one exponent for the whole kernel")

@@ -15,6 +15,7 @@ from quantjax.ptq.output_scales import rounded_by_output
 from quantjax.ptq.refine import descended, fitted, refined
 from quantjax.ptq.tiling import Tiling
 from quantjax.spec import QuantSpec
+from tests.daily import daily
 
 DENSE = MatrixForm((), (1,), (0,))  # (I, O), as a kernel
 CONV = MatrixForm((), (3,), (0, 1, 2), groups=2)  # two groups
@@ -56,7 +57,7 @@ class Subject:
         return self.cells._replace(scale=self.tiling.spread(scale))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", daily(CASES, ["channel", "tile"]))
 def test_sums_and_spread_go_through_the_blocks_of_the_leaf(case):
     s = Subject(case)
     number = np.arange(s.scales.scale.size).reshape(s.scales.scale.shape)
@@ -142,7 +143,7 @@ FORMATS = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", daily(CASES, ["group", "tensor"]))
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_scales_by_the_output(fmt, case):
     """On the grid of the scales given, and never above plain rounding."""
