@@ -198,6 +198,7 @@ def test_products_are_measured_alone_and_behind_each_other():
     assert report.rows[2].cell("w3").accumulated_db < report.rows[2].cell("w3").local_db - 1
 
 
+@pytest.mark.full
 def test_many_outputs_are_sketched(monkeypatch):
     from quantjax.allocate import measures
 

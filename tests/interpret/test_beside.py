@@ -15,6 +15,7 @@ from quantjax.interpret.param import param, reshaped, transposed
 from quantjax.interpret.parts import cut
 from quantjax.qat import prepare
 from quantjax.qtensor import QTensor, is_qtensor
+from tests.daily import daily
 
 from .models import CASES, Case, normal
 from .test_parts import CUTS, SPECS, STACK
@@ -126,7 +127,7 @@ PRODUCTS = {
 }
 
 
-@pytest.mark.parametrize("name", PRODUCTS)
+@pytest.mark.parametrize("name", daily(PRODUCTS, list(PRODUCTS)[::2]))
 def test_a_product_is_that_of_the_scaled_input_and_a_thin_one(name):
     """With rounded activations, dynamic and (two of them) static: the same bits as the product of
     x * t with the codes, and the term of low rank beside it. Weights alone: dequantized."""

@@ -158,7 +158,7 @@ def test_channels_that_were_never_seen_keep_their_weights():
     assert bool(jnp.isfinite(zero).all()) and float(zero.min()) > 0
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", daily(SEEDS, [0, 1]))
 def test_smoothquant_makes_8_bit_activations_better(seed):
     """With outliers in a few channels of the activation, run in integers: static and dynamic."""
     w, x = kernel(seed), inputs(seed, 32, large=2, by=50)
@@ -275,7 +275,7 @@ METHODS = {
 }
 
 
-DAILY = {"convolution awq", "groups low rank of awq", "layers smoothquant", "heads awq"}
+DAILY = {"convolution awq", "layers smoothquant", "heads awq"}
 PAIRS = [f"{model} {method}" for model in MODELS for method in METHODS]
 
 

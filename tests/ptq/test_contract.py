@@ -55,7 +55,7 @@ CELLS = [
     for j, f in enumerate(FORMATS)
 ]
 each_method = pytest.mark.parametrize("name", METHODS)
-most_used = pytest.mark.parametrize("name", daily(METHODS, ["gptq", "awq"]))
+most_used = pytest.mark.parametrize("name", daily(METHODS, ["gptq"]))
 
 
 def normal(*shape: int, seed: int = 0) -> jax.Array:

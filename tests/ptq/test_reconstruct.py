@@ -168,7 +168,7 @@ def test_own_labels_have_the_curvature_of_the_loss() -> None:
     np.testing.assert_allclose(jnp.mean(slopes**2, 0), p * (1 - p), atol=0.02)  # 1 / sqrt(4000)
 
 
-@pytest.mark.parametrize("case", daily(["one sample", "constant"], ["one sample"]))
+@pytest.mark.parametrize("case", daily(["one sample", "constant"], ["constant"]))
 def test_poor_data_gives_finite_weights(case: str) -> None:
     params = variables(3)
     x = samples(0, 1) if case == "one sample" else jnp.ones((8, 12))
