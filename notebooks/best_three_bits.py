@@ -179,10 +179,11 @@ assert divergence(mixed) < divergence(uniform)
 # ## All together
 
 # %%
-shown = {"float": 0.0, **{name: divergence(tree) for name, tree in trees.items()}}
+shown = {name: divergence(tree) for name, tree in trees.items()}
 shown["gptq, allocated"] = divergence(mixed)
 plt.figure(figsize=(6, 3))
 plt.barh(list(shown), list(shown.values()))
+plt.xscale("log")
 plt.gca().invert_yaxis()
 plt.xlabel("KL to the float network, nats")
 plt.title("Three bits a weight")
