@@ -41,7 +41,7 @@ SPECS: dict[str, dict[str, Any]] = {
     "int4 short groups": dict(format=IntFormat(4), block=(1, 5)),
     "nvfp4": dict(format=formats.e2m1, scale_format=formats.e4m3, block=(1, 4)),
 }
-CORE = ("int4", "int2 half", "int3 asymmetric", "kmeans3", "int4 short groups", "nvfp4")
+CORE = ("int4", "int2 half", "kmeans3")
 each_format = pytest.mark.parametrize(
     "name", [pytest.param(f, marks=[] if f in CORE else pytest.mark.full) for f in SPECS]
 )

@@ -125,7 +125,7 @@ SPECS = {
 }
 
 
-@pytest.mark.parametrize("name", daily(SPECS, {"int4", "asymmetric", "tiles", "learned"}))
+@pytest.mark.parametrize("name", daily(SPECS, ["int4", "learned"]))
 def test_clipping_lowers_the_error_of_every_block(name):
     """By hand: the error of each block's own inputs, against the ranges of the observer; never more
     over all blocks than those, cross terms between blocks included."""
