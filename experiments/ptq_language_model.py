@@ -28,8 +28,9 @@ from experiments import train_language_model
 from experiments.checkpoint import digest
 from experiments.language_model import DecoderConfig, module
 from experiments.memory import with_peak
+from experiments.method_tables import divergence
 from experiments.peers import qwix_weights
-from experiments.report import environment, mean_sd, print_table, spread
+from experiments.report import environment, print_table
 from experiments.rows import NotApplicable, Rows
 from experiments.wikitext import Windows
 from quantjax import ptq
@@ -264,26 +265,10 @@ def main(config: Config) -> None:
                 key = {"method": name, "format": format, "seed": seed}
                 row = table.row(key, partial(measured, method, problem, judge), **about)
                 print(*(f"{k} {v}" for k, v in row.items() if k != "embedding_8_bits"), flush=True)
-    print_table("KL to the float model, nats a token", *table_of(table.stored(), "kl"))
-    print_table("Perplexity a token", *table_of(table.stored(), "perplexity", digits=2))
-
-
-def table_of(
-    rows: Sequence[Mapping[str, Any]], field: str, *, embedding: bool = False, digits: int = 4
-) -> tuple[list[str], list[list[str]]]:
-    """(columns, rows) of one number: methods x formats, mean and deviation over the seeds; the
-    reason where there is none. embedding: of the variant with the embedding at 8 bits."""
-    formats = list(dict.fromkeys(row["format"] for row in rows))
-
-    def cell(method: str, format: str) -> str:
-        found = [r for r in rows if (r["method"], r["format"]) == (method, format)]
-        if reasons := [r["reason"] for r in found if "reason" in r]:
-            return reasons[0]
-        values = [(r["embedding_8_bits"] if embedding else r)[field] for r in found]
-        return mean_sd(spread(values), digits=digits) if values else ""
-
-    methods = dict.fromkeys(row["method"] for row in rows)
-    return ["method", *formats], [[m, *(cell(m, f) for f in formats)] for m in methods]
+    for field, digits in (("kl", 4), ("perplexity", 2)):
+        shown = divergence({"rows": table.stored()}, field, digits, embedding=False)
+        print_table(f"{field} a token", shown.columns, shown.lines)
+        print(*shown.notes, sep="\n")
 
 
 def _leaves(tree: Any) -> list[Any]:

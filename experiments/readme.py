@@ -1,18 +1,21 @@
-"""Which numbers does the README show? Those of the committed JSON, put in by this command.
+"""Which numbers do the pages show? Those of the committed JSON, put in by this command.
 Run: python -m experiments.readme [--check]
 
-Everything between `<!-- table: NAME -->` and `<!-- end -->` is made anew from
-experiments/results/NAME.json."""
+Everything between `<!-- table: NAME VIEW -->` and `<!-- end -->` is made anew from
+experiments/results/NAME.json, in README.md and in experiments/results/README.md."""
 
 import dataclasses
 import json
 import re
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import tyro
 
+from experiments import method_tables
 from experiments.report import markdown_table
 from experiments.tables import (
     activations_markdown,
@@ -23,19 +26,41 @@ from experiments.tables import (
 )
 
 ROOT = Path(__file__).parent.parent
+PAGES = (ROOT / "README.md", ROOT / "experiments" / "results" / "README.md")
 SGD = "article_fashion_mnist_sgd"  # one row of the other table too
-MAKERS = {
+TABLES = {
     "activations": activations_markdown,
     "bench_quantize": bench_markdown,
     "bench_inference": inference_markdown,
     "normal_error": normal_markdown,
 }
-BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_resnet = partial(partial, method_tables.lost)
+METHODS: dict[str, Callable[[Any], method_tables.Table]] = {
+    "ptq_resnet": _resnet(ends="low", folded=False),
+    "ptq_resnet ends": _resnet(ends="8 bits", folded=False),
+    "ptq_resnet folded": _resnet(ends="low", folded=True),
+    "ptq_resnet costs": partial(method_tables.costs, ends="low", folded=False),
+    "ptq_article fashion_mnist": partial(method_tables.lost, network="fashion_mnist", ends="low"),
+    "ptq_article mnist": partial(method_tables.lost, network="mnist", ends="low"),
+    "ptq_article costs": partial(method_tables.costs, network="fashion_mnist", ends="low"),
+    "ptq_language_model": partial(method_tables.divergence, field="kl", digits=4, embedding=False),
+    "ptq_language_model perplexity": partial(
+        method_tables.divergence, field="perplexity", digits=2, embedding=False
+    ),
+    "ptq_language_model embedding": partial(
+        method_tables.divergence, field="kl", digits=4, embedding=True
+    ),
+    "ptq_language_model costs": method_tables.costs,
+    "allocate fashion_mnist": partial(method_tables.allocations, network="fashion_mnist"),
+    "allocate mnist": partial(method_tables.allocations, network="mnist"),
+    "allocate resnet32": partial(method_tables.allocations, network="resnet32"),
+}
+BLOCK = re.compile(r"(<!-- table: (\w+)( \w+)? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """check: change nothing, and exit with 1 if the README is not what the JSON makes it."""
+    """check: change nothing, and exit with 1 if a page is not what the JSON makes it."""
 
     check: bool = False
 
@@ -44,30 +69,33 @@ def _result(name: str) -> Any:
     return json.loads((ROOT / "experiments" / "results" / f"{name}.json").read_text())
 
 
+def _table(name: str, view: str) -> str:
+    payload = _result(name)
+    if make := METHODS.get(name + view):
+        return make(payload).markdown()
+    if name in TABLES:
+        return markdown_table(*TABLES[name](payload))
+    return markdown_table(
+        *article_markdown(payload, _result(SGD) if f"{name}_sgd" == SGD else None)
+    )
+
+
 def rendered(text: str) -> str:
-    """The README's text with every table made anew."""
-
-    def table(match: re.Match[str]) -> str:
-        payload = _result(match[2])
-        if match[2] in MAKERS:
-            table = MAKERS[match[2]](payload)
-        else:
-            sgd = _result(SGD) if f"{match[2]}_sgd" == SGD else None
-            table = article_markdown(payload, sgd)
-        return f"{match[1]}{markdown_table(*table)}\n{match[3]}"
-
-    return BLOCK.sub(table, text)
+    """A page's text with every table made anew."""
+    return BLOCK.sub(lambda m: f"{m[1]}{_table(m[2], m[3] or '')}\n{m[4]}", text)
 
 
 def main(config: Config) -> None:
-    """Rewrites the README, or checks it."""
-    path = ROOT / "README.md"
-    text = path.read_text()
-    new = rendered(text)
-    if config.check and new != text:
-        sys.exit("README.md is not what the results make it: run python -m experiments.readme.")
-    if not config.check:
-        path.write_text(new)
+    """Rewrites the pages, or checks them."""
+    for path in PAGES:
+        text = path.read_text()
+        new = rendered(text)
+        if config.check and new != text:
+            sys.exit(
+                f"{path.name} is not what the results make it: run python -m experiments.readme."
+            )
+        if not config.check:
+            path.write_text(new)
 
 
 if __name__ == "__main__":

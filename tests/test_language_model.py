@@ -296,19 +296,6 @@ def test_calibration_text_is_drawn_by_the_seed(config):
     assert len(np.unique(np.concatenate(first)[:, 0])) == ptq.SEQUENCES
 
 
-def test_tables_show_means_and_reasons():
-    rows = [
-        {"method": "m", "format": "w8", "kl": 1.0, "embedding_8_bits": {"kl": 5.0}},
-        {"method": "m", "format": "w8", "kl": 3.0, "embedding_8_bits": {"kl": 5.0}},
-        {"method": "n", "format": "w8", "reason": "not here"},
-        {"method": "n", "format": "w4", "kl": 2.0, "embedding_8_bits": {"kl": 6.0}},
-    ]
-    columns, lines = ptq.table_of(rows, "kl", digits=1)
-    assert columns == ["method", "w8", "w4"]
-    assert lines == [["m", "2.0 ± 1.4", ""], ["n", "not here", "2.0"]]
-    assert ptq.table_of(rows, "kl", embedding=True, digits=1)[1][0][1] == "5.0"
-
-
 def test_the_peak_is_that_of_the_call():
     result, peak = with_peak(lambda: np.ones(2**23).sum())  # 64 MiB
     assert result == 2**23

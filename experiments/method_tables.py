@@ -1,0 +1,124 @@
+"""Which method at which format? The tables of the experiments that compute rows one by one.
+
+Methods are lines, the best in the fewest bits last; formats are columns, those of weights alone
+first. A cell is the mean over calibration seeds, with the deviation. Where a row has a reason in
+place of a number, the cell has a letter, explained below the table."""
+
+import math
+import re
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from experiments.report import markdown_table, mean_sd, spread
+
+Row = Mapping[str, Any]
+
+
+class Table(NamedTuple):
+    """columns and lines of text; notes: what the letters in cells stand for."""
+
+    columns: tuple[str, ...]
+    lines: list[tuple[str, ...]]
+    notes: list[str]
+
+    def markdown(self) -> str:
+        """With the notes under it."""
+        table = markdown_table(self.columns, self.lines)
+        return "\n\n".join([table, *(["No number: " + "; ".join(self.notes)] * bool(self.notes))])
+
+
+def methods_by_formats(
+    rows: Sequence[Row], value: Callable[[Row], float], *, digits: int = 2
+) -> Table:
+    """One number of every row. Raises ValueError for two rows of one method, format and seed."""
+    formats = sorted({row["format"] for row in rows}, key=_place)
+    keys = [(row["method"], row["format"], row.get("seed")) for row in rows]
+    if twice := {key for key in keys if keys.count(key) > 1}:
+        raise ValueError(f"more than one row of {sorted(map(str, twice))[:3]}: choose among them.")
+    letters: dict[str, str] = {}
+
+    def cell(method: str, format: str) -> str:
+        found = [r for r in rows if (r["method"], r["format"]) == (method, format)]
+        values = [value(row) for row in found if "reason" not in row]
+        if values:
+            return mean_sd(spread(values), digits=digits)
+        reasons = [row["reason"] for row in found]
+        return letters.setdefault(reasons[0], chr(ord("a") + len(letters))) if reasons else ""
+
+    def hardest(method: str) -> float:
+        """The number in the fewest bits of weights alone; no number comes last."""
+        last = [f for f in formats if not _place(f)[0]][-1:]
+        return max((value(r) for r in rows if r["method"] == method and "reason" not in r
+                    and r["format"] in last), default=-math.inf)  # fmt: skip
+
+    methods = sorted(dict.fromkeys(row["method"] for row in rows), key=hardest, reverse=True)
+    lines = [(m, *(cell(m, f) for f in formats)) for m in methods]
+    return Table(("method", *formats), lines, [f"{v}, {k}" for k, v in letters.items()])
+
+
+def lost(payload: Mapping[str, Any], **where: Any) -> Table:
+    """Points of accuracy lost against the float network, in the rows with these values."""
+    of_network = {k: v for k, v in where.items() if k in ("network", "trained")}
+    top = next(r for r in _with(payload["rows"], **of_network) if r["method"] == "float")
+    rows = [r for r in _with(payload["rows"], **where) if r["method"] != "float"]
+    table = methods_by_formats(rows, lambda row: 100 * (top["accuracy"] - row["accuracy"]))
+    blanks = ("",) * (len(table.columns) - 2)
+    head = (f"float32, accuracy {100 * top['accuracy']:.2f} %", "0", *blanks)
+    return table._replace(lines=[head, *table.lines])
+
+
+def costs(payload: Mapping[str, Any], **where: Any) -> Table:
+    """What a format takes: the median over formats and seeds of the seconds on the clock, of those
+    of the processor over all cores, and the memory beyond the network and the images."""
+    rows = [r for r in _with(payload["rows"], **where) if r.get("cpu_seconds") is not None]
+    lines: list[tuple[str, ...]] = []
+    for name in dict.fromkeys(row["method"] for row in rows):
+        mine = [row for row in rows if row["method"] == name]
+        seconds, worked = (
+            statistics.median(row[field] for row in mine) for field in ("seconds", "cpu_seconds")
+        )
+        peaks = [peak for row in mine if (peak := _megabytes(row)) is not None]
+        peak = f"{statistics.median(peaks):.0f}" if peaks else "unknown"
+        lines.append((name, f"{seconds:.1f}", f"{worked:.1f}", peak))
+    return Table(("method", "seconds", "processor seconds", "peak memory, MB"), lines, [])
+
+
+def divergence(payload: Mapping[str, Any], field: str, digits: int, *, embedding: bool) -> Table:
+    """Of the language model: a field of every row, or of its variant whose embedding has 8 bits."""
+    rows = [row for row in payload["rows"] if row["method"] != "float"]
+
+    def value(row: Row) -> float:
+        return (row["embedding_8_bits"] if embedding else row)[field]
+
+    return methods_by_formats(rows, value, digits=digits)
+
+
+def allocations(payload: Mapping[str, Any], network: str) -> Table:
+    """Accuracy and divergence of each way to decide, by budget; mean over calibration draws."""
+    rows = [r for r in _with(payload["rows"], network=network) if "reason" not in r]
+    ways = list(dict.fromkeys(row["method"] for row in rows))
+    lines: list[tuple[str, ...]] = []
+    for budget in dict.fromkeys(row["budget"] for row in rows):
+        of = {way: _with(rows, budget=budget, method=way) for way in ways}
+        size = statistics.mean(row["budget_bytes"] for row in of[ways[0]])
+        accuracy = [mean_sd(spread(100 * r["test_accuracy"] for r in of[way])) for way in ways]
+        kl = [f"{statistics.mean(row['measured'] for row in of[way]):.2e}" for way in ways]
+        lines.append((budget, f"{size / 1000:.1f}", *accuracy, *kl))
+    columns = ("bytes of", "kB", *(f"{w}, %" for w in ways), *(f"{w}, KL" for w in ways))
+    return Table(columns, lines, [])
+
+
+def _place(format: str) -> tuple[bool, list[int]]:
+    """Where a preset's column stands: whether it has activations, then by falling numbers."""
+    return "a" in format, [-int(digits) for digits in re.findall(r"\d+", format)]
+
+
+def _with(rows: Iterable[Row], **where: Any) -> list[Row]:
+    return [row for row in rows if all(row.get(k, v) == v for k, v in where.items())]
+
+
+def _megabytes(row: Row) -> float | None:
+    if "peak_mb" in row:
+        return row["peak_mb"]
+    return None if row["peak_bytes"] is None else row["peak_bytes"] / 1e6

@@ -1,0 +1,72 @@
+"""Do the tables of methods say what the rows say?"""
+
+import pytest
+
+from experiments import method_tables
+
+ROWS = [
+    {"method": "m", "format": "w8", "seed": 0, "kl": 1.0, "embedding_8_bits": {"kl": 5.0}},
+    {"method": "m", "format": "w8", "seed": 1, "kl": 3.0, "embedding_8_bits": {"kl": 5.0}},
+    {"method": "n", "format": "w8", "reason": "not here"},
+    {"method": "o", "format": "w8", "reason": "nor there"},
+    {"method": "n", "format": "w4", "kl": 2.0, "embedding_8_bits": {"kl": 6.0}},
+]
+
+
+def test_cells_are_means_and_reasons_are_explained():
+    table = method_tables.divergence({"rows": ROWS}, "kl", 1, embedding=False)
+    assert table.columns == ("method", "w8", "w4")
+    assert table.lines == [("n", "a", "2.0"), ("m", "2.0 ± 1.4", ""), ("o", "b", "")]
+    assert table.notes == ["a, not here", "b, nor there"]
+    assert table.markdown().endswith("No number: a, not here; b, nor there")
+    table = method_tables.divergence({"rows": ROWS}, "kl", 1, embedding=True)
+    assert table.lines[1][1] == "5.0"
+
+
+def test_columns_and_lines_have_an_order():
+    numbers = {"x": (0.1, 5.0, 0.2), "y": (0.2, 3.0, 0.3), "z": (0.3, None, 0.4)}
+    rows = [
+        {"method": name, "format": format, "kl": value}
+        for name, values in numbers.items()
+        for format, value in zip(("w4a8", "w2g64", "w8"), values, strict=True)
+        if value is not None
+    ]
+    table = method_tables.methods_by_formats(rows, lambda row: row["kl"], digits=1)
+    assert table.columns == ("method", "w8", "w2g64", "w4a8")
+    assert [line[0] for line in table.lines] == ["x", "y", "z"]
+
+
+def test_two_rows_of_one_seed_are_not_averaged():
+    with pytest.raises(ValueError, match="more than one row.*'m', 'w8', 0"):
+        method_tables.divergence({"rows": [*ROWS, ROWS[0]]}, "kl", 1, embedding=False)
+
+
+def test_points_lost_are_against_the_float_network_of_the_same_name():
+    rows = [
+        {"method": "float", "format": "float32", "network": "a", "accuracy": 0.9},
+        {"method": "float", "format": "float32", "network": "b", "accuracy": 0.5},
+        {"method": "m", "format": "w8", "network": "b", "ends": "low", "accuracy": 0.4},
+        {"method": "m", "format": "w8", "network": "b", "ends": "8 bits", "accuracy": 0.45},
+    ]
+    table = method_tables.lost({"rows": rows}, network="b", ends="low")
+    assert table.lines == [("float32, accuracy 50.00 %", "0"), ("m", "10.00")]
+
+
+def test_costs_are_medians_and_rows_without_them_do_not_count():
+    costs = ((1.0, 2.0, 3e6), (2.0, 4.0, 5e6), (9.0, 9.0, 9e6))
+    rows = [
+        {"method": "m", "seconds": s, "cpu_seconds": c, "peak_bytes": p} for s, c, p in costs
+    ] + [{"method": "m", "seconds": 100.0}, {"method": "n", "reason": "not here"}]
+    assert method_tables.costs({"rows": rows}).lines == [("m", "2.0", "4.0", "5")]
+
+
+def test_allocations_compare_the_ways_at_each_budget():
+    rows = [
+        {"network": "a", "budget": "w2", "method": way, "budget_bytes": 2000, "calibration": i,
+         "test_accuracy": accuracy + i / 100, "measured": 0.5}
+        for way, accuracy in (("uniform", 0.5), ("pairs", 0.6)) for i in range(2)
+    ]  # fmt: skip
+    table = method_tables.allocations({"rows": rows}, "a")
+    assert table.columns == ("bytes of", "kB", "uniform, %", "pairs, %", "uniform, KL", "pairs, KL")
+    cells = ("w2", "2.0", "50.50 ± 0.71", "60.50 ± 0.71", "5.00e-01", "5.00e-01")
+    assert table.lines == [cells]
