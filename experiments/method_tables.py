@@ -78,7 +78,7 @@ def costs(payload: Mapping[str, Any], **where: Any) -> Table:
         seconds, worked = (
             statistics.median(row[field] for row in mine) for field in ("seconds", "cpu_seconds")
         )
-        peaks = [peak for row in mine if (peak := _megabytes(row)) is not None]
+        peaks = [mb for row in mine if (mb := _megabytes(row)) is not None]
         peak = f"{statistics.median(peaks):.0f}" if peaks else "unknown"
         lines.append((name, f"{seconds:.1f}", f"{worked:.1f}", peak))
     return Table(("method", "seconds", "processor seconds", "peak memory, MB"), lines, [])
