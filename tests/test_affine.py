@@ -315,3 +315,28 @@ def test_the_gradient_of_a_learned_codebook_is_cut_beyond_its_levels():
     outer = jnp.abs(3 * w["kernel"]) > 1.5 * q.scale
     assert bool(outer.any()) and bool((gradient[outer] == 0).all())
     np.testing.assert_array_equal(jax.grad(loss)(w)["kernel"], 1)
+
+
+@pytest.mark.parametrize("bits", range(1, 8))
+def test_every_stored_byte_is_its_code_again(bits):
+    stored = jnp.arange(2**bits, dtype=jnp.uint8)
+    codes = affine._loaded(stored, IntFormat(bits, levels=Levels.HALF))
+    assert codes.dtype == jnp.int8
+    assert codes.tolist() == list(range(-(2 ** (bits - 1)), 2 ** (bits - 1)))
+
+
+@pytest.mark.parametrize("name", ["w2", "w4"])
+def test_two_leaves_decoded_in_one_sum_are_those_decoded_alone(name):
+    # XLA on CPU gives garbage here where both are decoded by adding the same int8 constant.
+    a, b = (
+        qj.quantize({"kernel": jax.random.normal(jax.random.key(i), (64, 64))}, name)["kernel"]
+        for i in range(2)
+    )
+
+    def both(a, b):
+        a, b = (affine.codes_of(q).astype(jnp.float32) for q in (a, b))
+        return (a * 0.5 + b).sum(1)
+
+    with jax.disable_jit():
+        expected = both(a, b)  # small integers over two, exact in any order
+    np.testing.assert_array_equal(jax.jit(both)(a, b), expected)

@@ -190,7 +190,8 @@ def integer_codes(q: QTensor) -> tuple[jax.Array, jax.Array | int | None]:
     if q.zero_point is not None:
         zero = q.zero_point.astype(jnp.int32)
     if not isinstance(q.format, IntFormat) or q.format.signed:
-        return (codes * np.int8(2) + np.int8(1), zero) if level_factor(q) != 1 else (codes, zero)
+        # 2 codes + 1, without arithmetic of int8: see `affine._loaded`.
+        return ((codes << np.int8(1)) | np.int8(1), zero) if level_factor(q) != 1 else (codes, zero)
     shifted = lax.bitcast_convert_type(codes ^ np.uint8(128), jnp.int8)
     return shifted, -128 if zero is None else zero - 128
 

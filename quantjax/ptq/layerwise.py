@@ -280,8 +280,8 @@ def _solved(solver: Solver, problem: Problem) -> QTensor:
 
 def _running(leaf: Any) -> Any:
     """A leaf as the batches go on through it: a static scale of its activation that is not found
-    yet is found anew in each batch. Weights alone go on as floats: with codes unpacked in it, a
-    program that ends in a mean over pixels gave garbage on CPU (jaxlib 0.10.2)."""
+    yet is found anew in each batch. Weights alone go on as floats, so that one program of a piece
+    serves every format."""
     if not isinstance(leaf, QTensor):
         return leaf
     act = leaf.act
