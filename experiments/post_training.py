@@ -49,11 +49,15 @@ class Judge:
         images = self.data.normalize(self.data.validation_images)
         return evaluate(self._run(tree), tree, images, self.data.validation_labels)[1]
 
-    def test(self, tree: Any) -> tuple[dict[str, Any], np.ndarray]:
-        """Loss and accuracy on the test images, as the article prints them; predictions."""
+    def test(
+        self, tree: Any, apply: Callable[..., Any] | None = None
+    ) -> tuple[dict[str, Any], np.ndarray]:
+        """Loss and accuracy on the test images, as the article prints them; predictions. apply:
+        what computes with the tree, if not the network itself."""
         images = self.data.normalize(self.data.test_images)
         labels = self.data.test_labels
-        loss, accuracy, predictions = evaluate(self._run(tree), tree, images, labels)
+        run = apply or self._run(tree)
+        loss, accuracy, predictions = evaluate(run, tree, images, labels)
         correct = int((predictions == labels).sum())
         return {
             "loss": loss,

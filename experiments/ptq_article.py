@@ -18,14 +18,14 @@ import tyro
 from experiments.activations import Config as Networks
 from experiments.activations import judges
 from experiments.post_training import Judge
-from experiments.ptq_resnet import BATCH, FORMATS, IMAGES, METHODS, Way, batches, measured, policy
+from experiments.ptq_resnet import BATCH, FORMATS, IMAGES, OURS, Way, batches, measured, policy
 from experiments.report import environment
 from experiments.rows import Rows
 from quantjax import ptq
 
 # Every layer is a block of its own; there is no normalization to estimate anew.
 OWN: dict[str, Way] = {
-    name: way for name, way in METHODS.items() if name != "gptq, norms re-estimated"
+    name: way for name, way in OURS.items() if name != "gptq, norms re-estimated"
 } | {"brecq": Way(ptq.brecq), "qdrop": Way(ptq.qdrop, activations=True)}
 
 

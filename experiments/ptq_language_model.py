@@ -13,7 +13,6 @@ import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +28,7 @@ from experiments.checkpoint import digest
 from experiments.language_model import DecoderConfig, module
 from experiments.memory import with_peak
 from experiments.method_tables import divergence
-from experiments.peers import qwix_weights
+from experiments.peers import Made, Network, hqq, qwix, torchao
 from experiments.report import environment, print_table
 from experiments.rows import NotApplicable, Rows
 from experiments.wikitext import Windows
@@ -60,28 +59,28 @@ class Problem(NamedTuple):
 
 
 class Method(NamedTuple):
-    """run: the tree, with QTensor leaves; or floats, and what a row says of them beside its
-    numbers. sampled: whether the calibration text matters."""
+    """run: the tree, with QTensor leaves; or what another package makes. sampled: whether the
+    calibration text matters."""
 
-    run: Callable[[Problem], tuple[Any, Mapping[str, Any]]]
+    run: Callable[[Problem], Any]
     sampled: bool = True
 
 
 def rounded(observer: qj.Observer) -> Method:
     """Each weight to the nearest level; the observer chooses the scales."""
 
-    def run(problem: Problem) -> tuple[Any, Mapping[str, Any]]:
-        return qj.quantize(problem.params, problem.policy(observer=observer)), {}
+    def run(problem: Problem) -> Any:
+        return qj.quantize(problem.params, problem.policy(observer=observer))
 
     return Method(run, sampled=False)
 
 
-def nf4(problem: Problem) -> tuple[Any, Mapping[str, Any]]:
+def nf4(problem: Problem) -> Any:
     """The fixed codebook of QLoRA in place of integers, at the same bits and groups."""
     spec = preset_spec(problem.format)
     if getattr(spec.format, "bits", None) != 4 or problem.activations:
         raise NotApplicable("a codebook of 4 bits, for weights alone")
-    return qj.quantize(problem.params, problem.policy(format=preset_spec("nf4").format)), {}
+    return qj.quantize(problem.params, problem.policy(format=preset_spec("nf4").format))
 
 
 def calibrated(
@@ -89,33 +88,23 @@ def calibrated(
 ) -> Method:
     """What `make` builds for a policy, run by `calibrate`."""
 
-    def run(problem: Problem) -> tuple[Any, Mapping[str, Any]]:
+    def run(problem: Problem) -> Any:
         if needs_activations and not problem.activations:
             raise NotApplicable("for formats that quantize activations")
         method = make(problem.policy())
-        return qj.calibrate(problem.apply, problem.params, problem.batches, method), {}
+        return qj.calibrate(problem.apply, problem.params, problem.batches, method)
 
     return Method(run, sampled)
 
 
-def qwix(method: str) -> Method:
-    """Qwix's weights for the same arrays and, where it wants them, the same samples."""
+def of_peer(make: Callable[..., Made], *, sampled: bool = False, **options: Any) -> Method:
+    """What another package makes of the same arrays and, where it wants them, the same samples."""
 
-    def run(problem: Problem) -> tuple[Any, Mapping[str, Any]]:
-        spec = preset_spec(problem.format)
-        if problem.activations:
-            raise NotApplicable("weights alone are read back from Qwix")
-        tree, bits = qwix_weights(
-            method,
-            module(problem.config, problem.params),
-            problem.batches,
-            module_path="layers/.*",
-            bits=spec.format.bits,
-            group=spec.group,
-        )
-        return tree, {"bits_per_weight": bits, "package": f"qwix {version('qwix')}"}
+    def run(problem: Problem) -> Made:
+        model = module(problem.config, problem.params)
+        return make(problem.policy(), Network(model, problem.params, problem.batches), **options)
 
-    return Method(run, sampled=method != "absmax")
+    return Method(run, sampled)
 
 
 METHODS: dict[str, Method] = {
@@ -133,9 +122,12 @@ METHODS: dict[str, Method] = {
     "gptq, rank 8": calibrated(lambda policy: ptq.low_rank(ptq.gptq(policy), rank=8)),
     "adaround": calibrated(ptq.adaround),
     "brecq": calibrated(partial(ptq.brecq, blocks=("layers/*",))),
-    "qwix absmax": qwix("absmax"),
-    "qwix gptq": qwix("gptq"),
-    "qwix awq": qwix("awq"),
+    "qwix absmax": of_peer(qwix.weights),
+    "qwix gptq": of_peer(qwix.weights, method="gptq", sampled=True),
+    "qwix awq": of_peer(qwix.weights, method="awq", sampled=True),
+    "hqq package": of_peer(hqq.weights),
+    "torchao absmax": of_peer(torchao.weights),
+    "torchao hqq": of_peer(torchao.weights, algorithm="HQQ_SCALE_ONLY"),
 }
 
 
@@ -162,16 +154,16 @@ class Judge(NamedTuple):
     inputs: Int[np.ndarray, "n t"]
     targets: Int[np.ndarray, "n t"]
 
-    def scores(self, tree: Any) -> dict[str, float]:
+    def scores(self, tree: Any, apply: Callable[..., Any] | None = None) -> dict[str, float]:
         """perplexity = exp(mean -log q(target)); kl = mean KL(float || tree), with the standard
         error of its mean over windows, as if these were independent.
 
         Weights alone are dequantized before; where activations are quantized too, products run
-        as `intercept` computes them."""
-        run = self.apply
+        as `intercept` computes them. apply: what computes with the tree, if neither does."""
+        run = apply or self.apply
         if any(isinstance(leaf, qj.QTensor) and leaf.act for leaf in _leaves(tree)):
             run = qj.intercept(self.apply)
-        else:
+        elif apply is None:
             tree = qj.dequantize(tree)
         losses, divergences = [], []
         for start in range(0, len(self.inputs), BATCH):
@@ -203,17 +195,22 @@ def _token_scores(
 def measured(method: Method, problem: Problem, judge: Judge) -> dict[str, Any]:
     """One row: cost of the method, size of what it gives, and how that predicts."""
     began, worked = time.perf_counter(), time.process_time()
-    (tree, said), peak = with_peak(lambda: method.run(problem))
+    tree, peak = with_peak(lambda: method.run(problem))
     seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - worked
-    if stored := [leaf for leaf in _leaves(tree) if isinstance(leaf, qj.QTensor)]:
+    said: dict[str, Any] = {}
+    apply = None
+    if isinstance(tree, Made):
+        said = {"bits_per_weight": tree.bits, "package": tree.package}
+        tree, apply = tree.tree, tree.apply
+    elif stored := [leaf for leaf in _leaves(tree) if isinstance(leaf, qj.QTensor)]:
         bits = 8 * sum(q.nbytes for q in stored) / sum(q.size for q in stored)
-        said = {"bits_per_weight": bits, **said}
+        said = {"bits_per_weight": bits}
     whole = qj.quantize({EMBEDDING: problem.params["embedding"]["embedding"]}, qj.preset("w8"))
     coded = {**tree, "embedding": {"embedding": qj.dequantize(whole)[EMBEDDING]}}
     return {
         **said,
-        **judge.scores(tree),
-        "embedding_8_bits": judge.scores(coded),
+        **judge.scores(tree, apply),
+        "embedding_8_bits": judge.scores(coded, apply),
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,  # of all cores; other work that runs hardly changes it
         "peak_mb": None if peak is None else peak / 1e6,

@@ -25,10 +25,12 @@ from experiments import resnet
 from experiments.data import load
 from experiments.datasets.sources import find_folder
 from experiments.memory import with_peak
+from experiments.peers import Made, Network, asked, hqq, onnxruntime, qwix, torchao, torchao_export
 from experiments.post_training import Judge
 from experiments.report import environment
 from experiments.rows import NotApplicable, Rows
 from quantjax import ptq
+from quantjax.paths import named_leaves
 from quantjax.policy import preset_spec
 from quantjax.ptq.batch_norm import fold
 
@@ -38,8 +40,9 @@ IMAGES, BATCH = 1024, 128
 
 
 class Way(NamedTuple):
-    """make: of a policy, the method, or another policy for plain rounding. sampled: whether the
-    calibration images matter. activations: whether it is about activations alone."""
+    """make: of a policy, the method, or another policy for plain rounding, or what another package
+    makes of a network. sampled: whether the calibration images matter. activations: whether it is
+    about activations alone."""
 
     make: Callable[[qj.Policy], Any]
     sampled: bool = True
@@ -56,7 +59,12 @@ def observed_by(observer: qj.Observer) -> Way:
     return Way(make, sampled=False)
 
 
-METHODS: dict[str, Way] = {
+def of_peer(make: Callable[..., Made], *, sampled: bool = False, **options: Any) -> Way:
+    """What another package makes of the network under the policy."""
+    return Way(lambda policy: functools.partial(make, policy, **options), sampled)
+
+
+OURS: dict[str, Way] = {
     "absmax": observed_by(qj.absmax()),
     "mse": observed_by(qj.mse()),
     "hqq": Way(ptq.hqq, sampled=False),
@@ -75,6 +83,20 @@ METHODS: dict[str, Way] = {
     ),
     "gptq, rank 4": Way(lambda policy: ptq.low_rank(ptq.gptq(policy), rank=4)),
 }
+PEERS: dict[str, Way] = {
+    "qwix absmax": of_peer(qwix.weights),
+    "qwix gptq": of_peer(qwix.weights, method="gptq"),
+    "qwix awq": of_peer(qwix.weights, method="awq"),
+    "hqq package": of_peer(hqq.weights),
+    "torchao absmax": of_peer(torchao.weights),
+    "torchao hqq": of_peer(torchao.weights, algorithm="HQQ_SCALE_ONLY"),
+    "torchao, exported": of_peer(torchao_export.predictions, sampled=True),
+    "onnxruntime": of_peer(onnxruntime.predictions, sampled=True),
+    "onnxruntime, percentile": of_peer(
+        onnxruntime.predictions, sampled=True, calibration="Percentile"
+    ),
+}
+METHODS = OURS | PEERS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,16 +168,33 @@ def measured(
         params = fold(judge.apply, params, images[0])
 
     def quantized() -> Any:
+        if callable(method):
+            return method(Network(judge.model, params, images))
         if isinstance(method, qj.Policy) and not static:
             return qj.quantize(params, method)
         return qj.calibrate(judge.apply, params, images, method)
 
     start, worked = time.perf_counter(), time.process_time()
     tree, peak = with_peak(quantized)
-    cost = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - worked}
+    cost = {
+        "seconds": time.perf_counter() - start,
+        "cpu_seconds": time.process_time() - worked,
+        "peak_bytes": peak,
+    }
+    if isinstance(tree, Made):
+        scores, _ = judge.test(tree.tree, tree.apply)
+        whole = with_floats(tree.bits, policy, params)
+        return {**scores, "bits_per_weight": whole, **cost, "package": tree.package}
     scores, _ = judge.test(tree if low else qj.dequantize(tree))
     bits = qj.summary(tree).totals.bits_per_weight
-    return {**scores, "bits_per_weight": bits, **cost, "peak_bytes": peak}
+    return {**scores, "bits_per_weight": bits, **cost}
+
+
+def with_floats(bits: float, policy: qj.Policy, params: Any) -> float:
+    """Bits per parameter, as `summary` counts them, from those per quantized weight."""
+    sizes = {path: leaf.size for path, leaf in named_leaves(params)[0]}
+    low = sum(sizes[path] for path in asked(policy, params))
+    return 32 + (bits - 32) * low / sum(sizes.values())
 
 
 def main(config: Config) -> None:
