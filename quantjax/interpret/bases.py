@@ -85,6 +85,17 @@ def fix_all(axis: Iterable[Part], reason: str) -> Axis:
     return tuple(Part(p.length, None, p.equal and p.basis is None) for p in axis)
 
 
+def fix(state: Known, reason: str) -> None:
+    """Fixes every basis of a value."""
+    for axis in () if state is None else state.axes:
+        fix_all(axis, reason)
+
+
+def plain(shape: Sequence[int], *, equal: bool = False) -> State:
+    """A value without bases."""
+    return State(tuple((Part(n, None, equal),) for n in shape))
+
+
 def cut_part(part: Part, length: int) -> tuple[Part, Part]:
     """The part as two, the first of this length; a basis stays on the second."""
     rest = part.length // length

@@ -71,9 +71,15 @@ def sliced(x: Scale, start: Shape, limit: Shape, strides: Shape | None) -> Scale
     return x.map(lambda a: a[cuts])
 
 
-def reversed_(x: Scale, dims: Sequence[int]) -> Scale:
-    """After `lax.rev`."""
-    return x.map(lambda a: np.flip(a, tuple(dims)))
+def part(x: Scale, axis: int, start: int, stop: int) -> Scale:
+    """Neighbouring entries of an axis."""
+    cut = (*[slice(None)] * axis, slice(start, stop))
+    return x if x.shape[axis] == 1 else x.map(lambda a: a[cut])
+
+
+def entry(x: Scale, axis: int, i: int) -> Scale:
+    """One entry of an axis, which it loses."""
+    return x.map(lambda a: a.take(min(i, a.shape[axis] - 1), axis))
 
 
 def concatenated(xs: Sequence[Scale], lengths: Sequence[int], axis: int) -> Scale:

@@ -8,7 +8,7 @@ a parameter's product, and cut the model in pieces that run one after another.""
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,10 @@ from quantjax.interpret.evaluate import Machine, equation, has_products
 from quantjax.interpret.intercept import trace
 from quantjax.interpret.param import Param, cast, param
 from quantjax.interpret.record import Place
+
+T = TypeVar("T")
+
+Key = tuple[str, tuple[int, ...]]  # the path of a parameter, and which of its layers
 
 
 class Leaf(NamedTuple):
@@ -34,6 +38,11 @@ class Leaf(NamedTuple):
     def name(self) -> str:
         """The path, and the layer if there are several."""
         return "/".join([self.path, *(f"[{i}]" for i in self.layer)])
+
+    @property
+    def key(self) -> Key:
+        """Which parameter, and layer, however it was cast."""
+        return self.path, self.layer
 
 
 class Value(NamedTuple):
@@ -167,6 +176,27 @@ def flatten(apply: Callable[..., Any], *args: Any, **kwargs: Any) -> Program:
     return Program(tuple(inliner.steps), tuple(arguments), tuple(outputs), structure, inliner.avals)
 
 
+def walk(
+    jaxpr: Any,
+    inputs: Sequence[T],
+    constant: Callable[[Any], T],
+    outputs: Callable[[Any, list[T]], Sequence[T]],
+) -> list[T]:
+    """The outputs of a jaxpr, by whatever stands for a value: `constant(array)` for one that it
+    holds, `outputs(equation, inputs)` for those that an equation gives."""
+    jaxpr, consts = compat.open_jaxpr(jaxpr)
+    env: dict[Any, T] = dict(zip(jaxpr.constvars, map(constant, consts), strict=True))
+    env.update(zip(jaxpr.invars, inputs, strict=True))
+
+    def read(v: Any) -> T:
+        return constant(v.val) if isinstance(v, compat.Literal) else env[v]
+
+    for eqn in jaxpr.eqns:
+        given = outputs(eqn, [read(v) for v in eqn.invars])
+        env.update(zip(eqn.outvars, given, strict=True))
+    return [read(v) for v in jaxpr.outvars]
+
+
 class _Inliner:
     """Gathers the steps. Mutable; it lives as long as one call of `flatten`."""
 
@@ -189,22 +219,16 @@ class _Inliner:
 
     def body(self, jaxpr: Any, operands: Sequence[Operand], place: Place) -> list[Operand]:
         """Adds the steps of a jaxpr on these operands."""
-        jaxpr, consts = compat.open_jaxpr(jaxpr)
-        env: dict[Any, Operand] = dict(zip(jaxpr.constvars, map(Constant, consts), strict=True))
-        env.update(zip(jaxpr.invars, operands, strict=True))
 
-        def operand(v: Any) -> Operand:
-            return Constant(v.val) if isinstance(v, compat.Literal) else env[v]
-
-        for eqn in jaxpr.eqns:
-            inputs = [operand(v) for v in eqn.invars]
+        def each(eqn: Any, inputs: list[Operand]) -> list[Operand]:
             inside = place.inside(eqn, compat.scope_name(eqn))
             outputs = self._opened(eqn, inputs, inside)
             if outputs is None:
                 avals = [v.aval for v in eqn.outvars]
                 outputs = self.add(Equation(eqn, inside), inputs, avals)
-            env.update(zip(eqn.outvars, outputs, strict=True))
-        return [operand(v) for v in jaxpr.outvars]
+            return outputs
+
+        return walk(jaxpr, operands, Constant, each)
 
     def _opened(self, eqn: Any, inputs: list[Operand], place: Place) -> list[Operand] | None:
         """The outputs of an equation that is more than one step, or none; None where it is one."""

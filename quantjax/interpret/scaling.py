@@ -20,13 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from quantjax.interpret.abstract import interpret
 from quantjax.interpret.intercept import is_array, sites
-from quantjax.interpret.program import Constant, Equation, Leaf, Operand, Program, Take, flatten
-from quantjax.interpret.scales_of import State, constant, scales_of
-from quantjax.interpret.unknowns import ONE, Scale, Unknowns, ones
+from quantjax.interpret.program import Key, Leaf, Program, flatten
+from quantjax.interpret.record import Site
+from quantjax.interpret.scale_context import State
+from quantjax.interpret.scales_of import Scales
+from quantjax.interpret.unknowns import ONE, Scale, Unknowns
 from quantjax.paths import named_leaves
-
-Key = tuple[str, tuple[int, ...]]  # the path of a parameter, and which of its layers
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -68,7 +69,7 @@ class ScaleGroup:
     def index(self, leaf: Leaf) -> np.ndarray:
         """The channel of every input of a consumer, broadcast against its layer; -1 for none."""
         for factor in self.consumers:
-            if (factor.leaf.path, factor.leaf.layer) == (leaf.path, leaf.layer):
+            if factor.leaf.key == leaf.key:
                 return factor.index
         names = ", ".join(factor.leaf.name for factor in self.consumers)
         raise ValueError(f"{leaf.name}: no consumer of this group; those are {names}.")
@@ -148,14 +149,14 @@ class Solved:
 
     program: Program
     unknowns: Unknowns
-    leaves: dict[Key, tuple[Scale, ...]]
+    leaves: dict[Key, State]
     values: dict[int, State]
 
     @functools.cached_property
     def parts(self) -> dict[Key, list[Scale]]:
         """By parameter, the factors of its scale, each of one solved unknown at a position."""
         return {
-            key: [part for x in factors for part in self.unknowns.parts(x)]
+            key: [part for x in factors or () for part in self.unknowns.parts(x)]
             for key, factors in self.leaves.items()
         }
 
@@ -171,148 +172,65 @@ def solve(
     no gain takes one scale to another."""
     kwargs = kwargs or {}
     program = flatten(apply, *args, **kwargs)
-    found = sites(apply, *args, **kwargs)
-    by_path: dict[str, list[Any]] = {}
-    for site in found:
+    by_path: dict[str, list[Site]] = {}
+    for site in sites(apply, *args, **kwargs):
         by_path.setdefault(site.path, []).append(site)
     shapes = {path: tuple(x.shape) for path, x in named_leaves(args[0])[0] if is_array(x)}
     unknowns = Unknowns(tied=tied)
-    leaves: dict[Key, tuple[Scale, ...]] = {}
-    values: dict[int, State] = {}
-
-    def read(x: Operand) -> State:
-        if isinstance(x, Leaf):
-            key = (x.path, x.layer)
-            if key not in leaves:
-                layers = len(x.layer)
-                leaves[key] = _unknown(
-                    unknowns, shapes[x.path][layers:], by_path.get(x.path, []), layers
-                )
-            return leaves[key]
-        return constant(x.value) if isinstance(x, Constant) else values[x.id]
-
-    def kept(x: Operand, reason: str) -> None:
-        for scale in read(x) or ():
-            unknowns.keep(scale, reason)
-
-    for id in program.arguments:
-        why = unknowns.reason("it is the model's input")
-        values[id] = (ones(len(getattr(program.avals[id], "shape", ())), why),)
-    for step in program.instructions:
-        states = [read(x) for x in step.inputs]
-        if isinstance(step.run, Equation):
-            outputs = scales_of(unknowns, step.run.eqn, step.run.place.module, states)
-        elif isinstance(step.run, Take):
-            outputs = [_taken(states[0], step.run.step)]
-        else:
-            outputs = [_stacked(unknowns, states, len(program.avals[step.outputs[0]].shape))]
-        values.update(zip(step.outputs, outputs, strict=True))
-    for x in program.outputs:
-        kept(x, "it is the model's output")
+    leaves, values = interpret(Scales(unknowns, shapes, by_path), program)
     return Solved(program, unknowns, leaves, values)
 
 
-def _unknown(
-    unknowns: Unknowns, shape: tuple[int, ...], sites: Sequence[Any], layers: int
-) -> tuple[Scale, ...]:
-    """The unknown scales of a parameter: a factor for each set of axes that its uses tell apart;
-    one of all its axes if no product uses it."""
-    rank = len(shape)
-    if not sites:
-        return (unknowns.fresh(shape, gain=True),)
-
-    def kind(site: Any, axis: int) -> str:
-        axis -= site.layers - layers
-        if axis < 0 or (axis in site.batch and site.contracting):
-            return "batch"
-        if axis in site.batch:
-            return "row"
-        return "in" if axis in site.contracting else "out"
-
-    kinds = [tuple(kind(site, axis) for site in sites) for axis in range(rank)]
-    shared = [axis for axis in range(rank) if set(kinds[axis]) == {"batch"}]
-    factors = []
-    for found in dict.fromkeys(k for a, k in enumerate(kinds) if a not in shared):
-        axes = [a for a in range(rank) if kinds[a] == found] + shared
-        products = {k for k, site in zip(found, sites, strict=True) if site.contracting}
-        role = "in" if products == {"in"} else "out"
-        if role == "in" and any(site.groups > 1 for site in sites):  # inputs of each group
-            axes += [a for a in range(rank) if set(kinds[a]) == {"out"}]
-        lengths = [n if a in axes else 1 for a, n in enumerate(shape)]
-        factors.append(unknowns.fresh(lengths, gain=True, role=role))
-    return tuple(factors) or (unknowns.fresh((1,) * rank, gain=True),)
-
-
-def _taken(state: State, step: int) -> State:
-    if state is None:
-        return None
-    return tuple(x.map(lambda a: a.take(min(step, a.shape[0] - 1), 0)) for x in state)
-
-
-def _stacked(unknowns: Unknowns, states: Sequence[State], rank: int) -> State:
-    """Values stacked: they keep their scales."""
-    for x in (x for state in states for x in state or ()):
-        unknowns.keep(x, "it is stacked with other steps of a scan")
-    return (ones(rank),)
-
-
 def group_of(solved: Solved, node: np.ndarray) -> ScaleGroup:
-    """The group with a channel for each of these unknowns, solved and different, whose scale it
-    is: what has them with power 1 is multiplied by s."""
-    channel = np.full(solved.unknowns.size, -1)
-    channel[node] = np.arange(len(node))
-    consumers: list[Factor] = []
-    producers: list[Factor] = []
-    for (path, layer), parts in solved.parts.items():
-        for part in parts:
-            index = np.where(part.node == ONE, -1, channel[part.node])
-            for p in np.unique(part.power[index >= 0]).tolist():
-                own = np.where(part.power == p, index, -1)
-                side = consumers if part.role == "in" else producers
-                side.append(Factor(Leaf(path, layer), own, round(p, 9), part.role))
-    positive = bool(solved.unknowns.is_positive(node).any())
-    return ScaleGroup(len(node), tuple(consumers), tuple(producers), positive)
+    """The group with a channel for each of these unknowns, solved, different and in order, whose
+    scale it is: what has them with power 1 is multiplied by s."""
+    number = np.zeros(solved.unknowns.size, np.int64)
+    number[node] = 1
+    return _groups(solved, number, np.ones(len(number)))[0]
 
 
 def groups_of(solved: Solved) -> Scaling:
     """The groups of channels whose scale is free."""
-    unknowns, parts = solved.unknowns, solved.parts
-    uses = [part for found in parts.values() for part in found if part.role == "in"]
-    number, orientation = _grouped(unknowns.size, [x for x in uses if (x.node != ONE).any()])
-    # A position of a group's s for every free unknown in it.
-    channel = np.full(unknowns.size, -1)
-    count = np.zeros(number.max(initial=0) + 1, np.int64)
-    for node in np.flatnonzero(number):
-        channel[node] = count[number[node]]
-        count[number[node]] += 1
-    consumers: dict[int, list[Factor]] = {}
-    producers: dict[int, list[Factor]] = {}
-    for (path, layer), found in parts.items():
-        for part in found:
+    unknowns = solved.unknowns
+    uses = [x for found in solved.parts.values() for x in found if x.role == "in" and x.node.any()]
+    groups = _groups(solved, *_grouped(unknowns.size, uses))
+    reasons = {
+        key: "; ".join(why)
+        for key, factors in solved.leaves.items()
+        for x in factors or ()
+        if x.role == "in" and (why := unknowns.why(x))
+    }
+    return Scaling(tuple(g for g in groups if g.consumers and g.producers), reasons)
+
+
+def _groups(solved: Solved, number: np.ndarray, orientation: np.ndarray) -> list[ScaleGroup]:
+    """The groups 1, 2, ... of all unknowns by `number`, which is 0 for those in none. An unknown
+    scale is s of its channel to the power of `orientation`."""
+    ends = np.cumsum(np.bincount(number))[:-1]
+    members = np.split(np.argsort(number, kind="stable"), ends)
+    channel = np.full(len(number), -1)
+    for nodes in members[1:]:
+        channel[nodes] = np.arange(len(nodes))
+    consumers: list[list[Factor]] = [[] for _ in members]
+    producers: list[list[Factor]] = [[] for _ in members]
+    for (path, layer), parts in solved.parts.items():
+        for part in parts:
             power = np.round(part.power * orientation[part.node], 9)
-            owner = np.where(part.node == ONE, 0, number[part.node])
+            owner = number[part.node]
             for g in np.unique(owner[owner > 0]).tolist():
                 for p in np.unique(power[owner == g]).tolist():
                     index = np.where((owner == g) & (power == p), channel[part.node], -1)
                     side = consumers if part.role == "in" else producers
-                    side.setdefault(g, []).append(Factor(Leaf(path, layer), index, p, part.role))
-    groups = [
+                    side[g].append(Factor(Leaf(path, layer), index, p, part.role))
+    return [
         ScaleGroup(
-            int(count[g]),
+            len(members[g]),
             tuple(consumers[g]),
             tuple(producers[g]),
-            bool(unknowns.is_positive(np.flatnonzero(number == g)).any()),
+            bool(solved.unknowns.is_positive(members[g]).any()),
         )
-        for g in sorted(consumers)
-        if g in producers
+        for g in range(1, len(members))
     ]
-    reasons = {
-        key: "; ".join(why)
-        for key, factors in solved.leaves.items()
-        for x in factors
-        if x.role == "in" and (why := unknowns.why(x))
-    }
-    return Scaling(tuple(groups), reasons)
 
 
 def _grouped(size: int, uses: Sequence[Scale]) -> tuple[np.ndarray, np.ndarray]:

@@ -5,15 +5,14 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
-from quantjax.interpret.bases import Basis, Known, Part, State
+from quantjax.interpret.abstract import interpret
+from quantjax.interpret.bases import Basis, Known
 from quantjax.interpret.bases import parts as parts_of
-from quantjax.interpret.bases_of import Step, bases_of, constant, fixed, plain
+from quantjax.interpret.bases_of import Bases
 from quantjax.interpret.intercept import is_array
-from quantjax.interpret.program import Constant, Equation, Leaf, Operand, Take, flatten
-from quantjax.interpret.scaling import Key
+from quantjax.interpret.program import Key, flatten
 from quantjax.paths import named_leaves
 
 
@@ -53,6 +52,7 @@ def find_turns(apply: Callable[..., Any], params: Any, *args: Any, **kwargs: Any
     """The matrices that can be built into `params`, which hold values: a gain whose entries are all
     equal fixes nothing, others fix the stream that they scale.
 
+    >>> import jax.numpy as jnp
     >>> apply = lambda p, x: jnp.tanh((x @ p["a"]) @ p["b"])
     >>> p = {"a": jnp.eye(3, 4), "b": jnp.eye(4, 2)}
     >>> (turn,) = find_turns(apply, p, jnp.ones((1, 3))).free
@@ -61,61 +61,10 @@ def find_turns(apply: Callable[..., Any], params: Any, *args: Any, **kwargs: Any
     """
     program = flatten(apply, params, *args, **kwargs)
     tree = {path: x for path, x in named_leaves(params)[0] if is_array(x)}
-    leaves: dict[Key, Known] = {}
-    values: dict[int, Known] = {}
     made: list[Basis] = []
-
-    def new(n: int) -> Part:
-        made.append(Basis(n))
-        return Part(n, made[-1])
-
-    def read(x: Operand) -> Known:
-        if isinstance(x, Leaf):
-            key = (x.path, x.layer)
-            if key not in leaves:
-                leaves[key] = _leaf(np.asarray(tree[x.path][x.layer]), new)
-            return leaves[key]
-        return constant(x.value) if isinstance(x, Constant) else values[x.id]
-
-    for id in program.arguments:
-        values[id] = plain(getattr(program.avals[id], "shape", ()))
-    for step in program.instructions:
-        states = [read(x) for x in step.inputs]
-        if isinstance(step.run, Equation):
-            same = len(step.inputs) == 2 and _same(step.inputs[0], step.inputs[1])
-            outputs = bases_of(Step(step.run.eqn, step.run.place.module, same), states)
-        elif isinstance(step.run, Take):
-            x = states[0]
-            outputs = [x and dataclasses.replace(x, axes=x.axes[1:])]
-        else:
-            for x in states:
-                fixed(x, "it is stacked with other steps of a scan")
-            outputs = [plain(program.avals[step.outputs[0]].shape)]
-        values.update(zip(step.outputs, outputs, strict=True))
-    for out in program.outputs:
-        fixed(read(out), "it is the model's output")
+    leaves, _ = interpret(Bases(tree, made), program)
     reasons = [b.reason for b in made if b.root() is b and b.normed and b.reason]
     return Turns(_free(leaves), tuple(dict.fromkeys(reasons)))
-
-
-def _same(x: Operand, y: Operand) -> bool:
-    return not isinstance(x, Constant) and x == y
-
-
-def _leaf(value: np.ndarray, new: Callable[[int], Part]) -> Known:
-    """Each axis of a parameter has a basis of its own; one along which entries are equal, as of a
-    gain of ones, has none, and zeros take any."""
-    if not jnp.issubdtype(value.dtype, jnp.floating):
-        return plain(value.shape)
-    if not (value != 0).any():
-        return None
-
-    def axis(a: int) -> tuple[Part, ...]:
-        if (value == value.take([0], a)).all():
-            return (Part(value.shape[a], None, True),)
-        return (new(value.shape[a]),)
-
-    return State(tuple(map(axis, range(value.ndim))))
 
 
 def _free(leaves: dict[Key, Known]) -> tuple[Turn, ...]:
