@@ -53,6 +53,11 @@ class Subject:
         e = np.asarray(self.w, np.float64) - np.asarray(q, np.float64)
         return np.einsum("boi,bij,boj->", e, np.asarray(self.h, np.float64), e)
 
+    def of_scales(self, q) -> np.ndarray:
+        """The error of all outputs that have a scale, or another that depends on it, in common."""
+        e = self.w - q
+        return np.asarray(self.tiling.of_outputs((e * (e @ self.h)).sum(-1)))
+
     def on(self, scale):
         return self.cells._replace(scale=self.tiling.spread(scale))
 
@@ -94,18 +99,32 @@ def test_fitted_scales_solve_the_normal_equations(case):
     "case", daily(["channel", "group", "tile", "conv", "experts"], ["group", "conv"])
 )
 def test_the_error_falls_round_by_round(case):
+    """Codes alone, then scales as well: whichever comes first takes most of the error, and would
+    hide that the other does nothing."""
     s = Subject(case)
-    step = functools.partial(
-        refined, s.w, h_BII=s.h, cells=s.cells, format=s.spec.format, tiling=s.tiling, fit=True
+    step = jax.jit(
+        functools.partial(
+            refined, s.w, h_BII=s.h, cells=s.cells, format=s.spec.format, tiling=s.tiling, rounds=1
+        ),
+        static_argnames="fit",
     )
     errors, q, scale = [s.error(s.q)], s.q, s.scales.scale
-    for _ in range(3):
-        q, scale = step(q, scale=scale, rounds=1)
+    for fit in (False, False, True, True):
+        before, old = q, scale
+        q, scale = step(q, scale=scale, fit=fit)
         errors.append(s.error(q))
         on = jax.vmap(functools.partial(on_grid, format=s.spec.format))(q, s.on(scale))
         np.testing.assert_array_equal(on, q)
+        if fit:  # new scales are taken where they lower the error, and only there
+            new = fitted(s.w, before, s.h, old, s.tiling)
+            moved = before / s.tiling.spread(old) * s.tiling.spread(new)
+            want = np.where(s.of_scales(moved) < s.of_scales(before), new, old)
+            # Where the errors are equal to rounding, so are the scales to its square root.
+            np.testing.assert_allclose(scale, want, rtol=2e-3)
+        else:
+            np.testing.assert_array_equal(scale, old)
     assert all(b <= a * (1 + 1e-5) for a, b in zip(errors, errors[1:], strict=False))
-    assert errors[-1] < 0.6 * errors[0]
+    assert errors[2] < 0.6 * errors[0] and errors[3] < 0.95 * errors[2]
 
 
 @pytest.mark.parametrize("format", [IntFormat(3), Codebook.learned(2), e2m1], ids=str)
