@@ -62,8 +62,10 @@ def _all(e_LOI, h_LII, *, rank):
 
 @dataclasses.dataclass(frozen=True)
 class Nearest:
-    """The solver that rounds every weight to the nearest value."""
+    """The solver that rounds every weight to the nearest value, at the scales of its observer."""
 
+    # Not `rtn`, which searches for scales by what a layer puts out: the term is to correct what
+    # `quantize` gives for the same policy.
     paired: ClassVar[bool] = False
 
     def __call__(self, problem: Problem) -> QTensor:
