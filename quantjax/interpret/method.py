@@ -5,6 +5,7 @@ without changing what the model computes, or quantize some, or correct what othe
 
 import dataclasses
 import hashlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -26,7 +27,7 @@ class Journal:
         self,
         state: Mapping[str, Any] | None = None,
         on_block: Callable[[int, dict[str, Any]], Any] | None = None,
-        digest: np.ndarray | None = None,
+        digest: Mapping[str, np.ndarray] | None = None,
     ) -> None:
         self._on_block, self._digest = on_block, digest
         self._done: dict[str, Any] = dict((state or {}).get("done", {}))
@@ -91,20 +92,32 @@ class Method(Protocol):
         """The next state of the work."""
 
 
-def digest(method: Any, params: Any, batches: Sequence[Any]) -> np.ndarray:
-    """A hash of what a saved state belongs to: the method, the parameters, the first batch."""
-    sha = hashlib.sha256(repr(method).encode())
+def digests(method: Any, params: Any, batches: Sequence[Any]) -> dict[str, np.ndarray]:
+    """Hashes of what a saved state belongs to."""
+    shown, floats, samples = hashlib.sha256(_shown(method)), hashlib.sha256(), hashlib.sha256()
     for name, leaf in named_leaves(params)[0]:
-        sha.update(f"{name}{type(leaf).__name__}".encode())
+        floats.update(f"{name}{type(leaf).__name__}".encode())
         for array in jax.tree.leaves(leaf):
-            sha.update(f"{np.shape(array)}{np.asarray(array).dtype}".encode())
-            sha.update(np.ascontiguousarray(array).tobytes())
-    for array in jax.tree.leaves(batches[:1]):
-        sha.update(f"{len(batches)}{np.shape(array)}".encode())
-        sha.update(
-            np.ascontiguousarray(array).tobytes() if np.ndim(array) else repr(array).encode()
-        )
-    return np.frombuffer(sha.digest(), np.uint8)
+            _update(floats, array)
+    for batch in batches:
+        samples.update(b"batch")
+        for array in jax.tree.leaves(batch):
+            _update(samples, array)
+    found = {"method": shown, "parameters": floats, "batches": samples}
+    return {name: np.frombuffer(sha.digest(), np.uint8) for name, sha in found.items()}
+
+
+def _shown(value: Any) -> bytes:
+    """How it shows itself, but for addresses, which the next process does not share."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value)).encode()
+
+
+def _update(sha: Any, leaf: Any) -> None:
+    if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    values = np.asarray(leaf)
+    sha.update(f"{values.shape}{values.dtype}".encode())
+    sha.update(values.tobytes() if values.ndim else _shown(leaf))
 
 
 def journal_of(
@@ -117,10 +130,14 @@ def journal_of(
     """The journal of a run. Raises ValueError if `state` is of another method, model or data."""
     if state is None and on_block is None:
         return Journal()
-    own = digest(method, params, batches)
-    if state is not None and not np.array_equal(np.asarray(state.get("digest")), own):
-        raise ValueError(
-            "calibrate: state= is of another method, other parameters or other batches; it can "
-            "only go on with those that it began with."
-        )
+    own = digests(method, params, batches)
+    if state is not None:
+        before = state.get("digest")
+        before = before if isinstance(before, Mapping) else {}
+        differ = [k for k, v in own.items() if not np.array_equal(np.asarray(before.get(k)), v)]
+        if differ:
+            raise ValueError(
+                f"calibrate: state= is of another run: it differs in {', '.join(differ)}. It can "
+                f"only go on with those that it began with."
+            )
     return Journal(state, on_block, own)

@@ -192,11 +192,11 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_file(stop, tmp_path):
 @pytest.mark.parametrize("what", ["parameters", "batches", "method"])
 def test_a_state_of_something_else_is_refused(what):
     states = []
-    calibrated(mlp, MLP, [X], on_batch=lambda i, state: states.append(state))
+    calibrated(mlp, MLP, [X, X], on_batch=lambda i, state: states.append(state))
     params = jax.tree.map(lambda a: a + 1, MLP) if what == "parameters" else MLP
-    batches = [X + 1] if what == "batches" else [X]
+    batches = [X, X + 1] if what == "batches" else [X, X]  # the last one counts too
     policy = "w4" if what == "method" else "w3"
-    with pytest.raises(ValueError, match="another method, other parameters or other batches"):
+    with pytest.raises(ValueError, match=f"state= is of another run: it differs in {what}\\. "):
         calibrated(mlp, params, batches, policy, state=states[-1])
 
 
