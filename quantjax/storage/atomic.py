@@ -6,7 +6,7 @@ import secrets
 import stat
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from quantjax.storage.errors import CannotStore
 
@@ -19,8 +19,8 @@ def write_file(path: str | os.PathLike[str], write: Callable[[BinaryIO], None]) 
     A link is followed: what it points to is replaced. Permissions are those of the old file, or
     of any new one.
     """
-    target = Path(os.path.realpath(path))
-    old = _permissions(target)
+    place = place_of(path)
+    target = place.target
     temporary = target.parent / f".{target.name[:40]}.{secrets.token_hex(8)}.tmp"
     try:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
@@ -28,15 +28,33 @@ def write_file(path: str | os.PathLike[str], write: Callable[[BinaryIO], None]) 
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        if old is not None:
-            os.chmod(temporary, old)
-        os.replace(temporary, target)
+        put(temporary, place)
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+
+
+class Place(NamedTuple):
+    """Where a file goes, links followed, and the permissions of the one it replaces."""
+
+    target: Path
+    permissions: int | None
+
+
+def place_of(path: str | os.PathLike[str]) -> Place:
+    """The place of a file to be written; raises OSError or CannotStore if none can be there."""
+    target = Path(os.path.realpath(path))
+    return Place(target, _permissions(target))
+
+
+def put(temporary: Path, place: Place) -> None:
+    """Gives a finished file, flushed to disk, its place in one step."""
+    if place.permissions is not None:
+        os.chmod(temporary, place.permissions)
+    os.replace(temporary, place.target)
     if os.name == "posix":  # elsewhere a directory cannot be opened
-        directory = os.open(target.parent, os.O_RDONLY)
+        directory = os.open(place.target.parent, os.O_RDONLY)
         try:
             os.fsync(directory)
         finally:

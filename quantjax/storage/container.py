@@ -14,10 +14,11 @@ import numpy as np
 from quantjax.storage.errors import CorruptFile, NotQuantjaxFile
 
 MAX_HEADER = 100_000_000  # the format's own limit, in bytes
+_ALIGNED = 64  # bytes; what XLA asks of memory that it takes as it is
 
 # Element types that every safetensors reader knows. All others are kept as bytes, U8, with one
 # more axis where an element has several.
-_CODES = {
+CODES = {
     "bool": "BOOL",
     "uint8": "U8",
     "int8": "I8",
@@ -49,7 +50,7 @@ def declare(dtype: np.dtype, shape: tuple[int, ...]) -> Declared:
     >>> declare(np.dtype(np.int8), (2, 3)), declare(np.dtype(np.complex64), (5,))
     (Declared(code='I8', shape=(2, 3)), Declared(code='U8', shape=(5, 8)))
     """
-    code = _CODES.get(dtype.name)
+    code = CODES.get(dtype.name)
     if code is not None:
         return Declared(code, shape)
     return Declared("U8", shape if dtype.itemsize == 1 else (*shape, dtype.itemsize))
@@ -64,17 +65,16 @@ class Planned(NamedTuple):
     nbytes: int
 
 
-def order(tensors: Sequence[Planned]) -> list[int]:
-    """The order of the buffers: widest element first, so that all are aligned, then by name."""
-    return sorted(range(len(tensors)), key=lambda i: (-tensors[i].dtype.itemsize, tensors[i].name))
+def rank(name: str, dtype: np.dtype) -> tuple[int, str]:
+    """What buffers are sorted by: widest element first, so that all are aligned, then name."""
+    return -dtype.itemsize, name
 
 
 def header_bytes(tensors: Sequence[Planned], metadata: Mapping[str, str]) -> bytes:
-    """Length and JSON header, padded to 8 bytes; the buffers follow in `order`."""
+    """Length and JSON header, padded to 8 bytes; the buffers follow in their order here."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     start = 0
-    for i in order(tensors):
-        name, dtype, shape, nbytes = tensors[i]
+    for name, dtype, shape, nbytes in tensors:
         code, declared = declare(dtype, shape)
         offsets = [start, start + nbytes]
         header[name] = {"dtype": code, "shape": list(declared), "data_offsets": offsets}
@@ -85,11 +85,13 @@ def header_bytes(tensors: Sequence[Planned], metadata: Mapping[str, str]) -> byt
 
 
 class Mapped(NamedTuple):
-    """An open file: metadata, declared tensors, and their bytes, mapped and not yet read."""
+    """An open file: metadata, declared tensors, their bytes, mapped and not yet read, and where in
+    the file these begin."""
 
     metadata: dict[str, str]
     declared: dict[str, Declared]
     buffers: dict[str, np.ndarray]
+    starts: dict[str, int]
 
 
 def map_file(path: str, file: BinaryIO) -> Mapped:
@@ -120,7 +122,8 @@ def map_file(path: str, file: BinaryIO) -> Mapped:
         spans = {name: _span(name, entry) for name, entry in header.items()}
     except (ValueError, RecursionError) as error:
         raise CorruptFile(f"{path}: the safetensors header is damaged: {error}") from error
-    return Mapped(metadata, *_cut(path, raw[8 + length :], spans))
+    starts = {name: 8 + length + span.start for name, span in spans.items()}
+    return Mapped(metadata, *_cut(path, raw[8 + length :], spans), starts)
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -176,3 +179,16 @@ def _cut(path: str, data: np.ndarray, spans: dict[str, _Span]) -> tuple[dict, di
         )
     buffers = {name: data[span.start : span.end] for name, span in spans.items()}
     return {name: span.declared for name, span in spans.items()}, buffers
+
+
+def room_for(count: int) -> np.ndarray:
+    """So many bytes of memory, which JAX takes for an array without a copy."""
+    room = np.empty(count + _ALIGNED, np.uint8)
+    first = -room.ctypes.data % _ALIGNED
+    return room[first : first + count]
+
+
+def read_bytes(file: BinaryIO, start: int, room: np.ndarray) -> np.ndarray:
+    """Fills `room` with the bytes of a file from `start` on; gives the part that it filled."""
+    file.seek(start)
+    return room[: file.readinto(room.data)]  # type: ignore[attr-defined]

@@ -27,7 +27,7 @@ _NAMES = """
 DTYPES = {n: np.dtype(getattr(jnp, n)) for n in _NAMES.split() if hasattr(jnp, n)}
 _KEY_WORDS = {"threefry2x32": 2, "rbg": 4, "unsafe_rbg": 4}
 _KEY_DTYPES = {"threefry2x32": "key<fry>", "rbg": "key<rbg>", "unsafe_rbg": "key<urbg>"}
-_PLAIN = ("jax", "numpy", "scalar")
+PLAIN = ("jax", "numpy", "scalar")
 _SCALARS = (bool, int, float, str)
 NO_DIGEST = "0" * 32
 
@@ -36,7 +36,8 @@ NO_DIGEST = "0" * 32
 class Buffer:
     """An array without its bytes: where they are, what they mean, and what came of hashing them.
 
-    holder: "jax", "numpy", "scalar" (a NumPy scalar), or the name of a random generator.
+    holder: "jax", "numpy", "scalar" (a NumPy scalar), or the name of a random generator. start:
+    its first byte in the file.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Buffer:
     holder: str
     digest: str = NO_DIGEST
     source: Any = None
+    start: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -92,8 +94,12 @@ def bytes_of(buffer: Buffer) -> np.ndarray:
     array = buffer.source
     if buffer.holder in _KEY_WORDS:
         array = jax.random.key_data(array)
-    array = np.asarray(array)
-    return np.ascontiguousarray(array, buffer.dtype).reshape(-1).view(np.uint8)
+    return raw_bytes(np.asarray(array, buffer.dtype))
+
+
+def raw_bytes(array: Any) -> np.ndarray:
+    """The bytes of an array, of this machine's order."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
 def array_of(buffer: Buffer, data: np.ndarray) -> Any:
@@ -121,7 +127,10 @@ def is_leaf(x: Any) -> bool:
 
 
 def skeleton(leaf: Any, name: str) -> Any:
-    """The leaf without its bytes. Raises ValueError for what cannot be stored."""
+    """The leaf without its bytes. Raises ValueError for what cannot be stored.
+
+    A skeleton, or a QTensor of buffers, gives its own, under the name here.
+    """
     if isinstance(leaf, QTensor):
         children = {c: getattr(leaf, c) for c in (*_CHILDREN, *_LATER)}
         for child, value in children.items():
@@ -133,6 +142,10 @@ def skeleton(leaf: Any, name: str) -> Any:
         return result
     if isinstance(leaf, jax.Array | np.ndarray | np.generic):
         return _buffer(leaf, name or "array")
+    if isinstance(leaf, Buffer):
+        return Buffer(name or "array", leaf.dtype, leaf.shape, leaf.holder)
+    if isinstance(leaf, Value | Function | Empty):
+        return leaf
     if leaf is None or type(leaf) in _SCALARS:
         return Value(leaf)
     if isinstance(leaf, dict | list | tuple):
@@ -194,7 +207,7 @@ def check_qtensor(q: QTensor) -> None:
     """
     for name in (*_CHILDREN[1:], *_LATER):
         child = getattr(q, name)
-        fits = isinstance(child, Buffer) and child.holder in _PLAIN
+        fits = isinstance(child, Buffer) and child.holder in PLAIN
         if child is not None and not fits and not (name == "scale" and isinstance(child, QTensor)):
             raise ValueError(f"{name}: expected an array, got {child!r:.80}")
     codes: Any = q.qvalue
@@ -342,7 +355,7 @@ def _read_buffer(data: dict[str, Any], name: str, holder: str, digest: str) -> B
     if holder in _KEY_WORDS:
         if dtype != np.uint32 or shape[-1:] != (_KEY_WORDS[holder],):
             raise ValueError(f"expected {holder} keys, uint32[..., {_KEY_WORDS[holder]}]; {shape}")
-    elif holder not in _PLAIN or holder == "scalar" and shape != ():
+    elif holder not in PLAIN or holder == "scalar" and shape != ():
         raise ValueError(f"holder: expected jax, numpy or a random generator, got {holder!r:.60}")
     return Buffer(name, dtype, shape, holder, digest)
 

@@ -10,7 +10,7 @@ import pytest
 
 from quantjax.storage import CorruptFile, StorageError, load
 from quantjax.storage.container import map_file
-from quantjax.storage.file import _digest
+from quantjax.storage.header import digest_of
 
 HEADER, DIGEST = "quantjax.header", "quantjax.digest"
 
@@ -26,7 +26,7 @@ def reseal(path: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
     header = json.loads(metadata[HEADER])
     result = edit(header)
     metadata[HEADER] = json.dumps(header if result is None else result)
-    metadata[DIGEST] = _digest(metadata)
+    metadata[DIGEST] = digest_of(metadata)
     text = json.dumps(container).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + raw[length:])
 
@@ -123,7 +123,7 @@ def test_endless_nesting_is_refused(whole):
         metadata = map_file(str(whole), file).metadata
     for depth in (10, 100_000):
         metadata[HEADER] = '{"leaves":' + "[" * depth + "]" * depth + "}"
-        metadata[DIGEST] = _digest(metadata)
+        metadata[DIGEST] = digest_of(metadata)
         text = json.dumps({"__metadata__": metadata}).encode()
         whole.write_bytes(len(text).to_bytes(8, "little") + text)
         with pytest.raises(CorruptFile):
