@@ -11,6 +11,7 @@ from quantjax.qtensor import QTensor
 from quantjax.rounding import Rounding
 from quantjax.spec import Granularity, QuantSpec
 from quantjax.storage import load, save
+from quantjax.stream import quantize_file
 from quantjax.summary import summary
 from quantjax.transform import dequantize, fake_quantize, quantize
 
@@ -41,6 +42,7 @@ __all__ = [
     "preset",
     "ptq",
     "quantize",
+    "quantize_file",
     "register_rule",
     "save",
     "sensitivity",

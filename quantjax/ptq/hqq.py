@@ -7,6 +7,7 @@ each step. The zero point is a float, no code; only it moves, the scales are tho
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -119,9 +120,13 @@ class HQQ:
         for path, leaf in named:
             spec = resolved[path].spec
             if spec is not None:
-                leaf = hqq_array(jnp.asarray(leaf), hqq_spec(spec, path), self.p)
+                leaf = self.on_leaf(path, leaf, spec)
             leaves.append(leaf)
         return dataclasses.replace(run, tree=jax.tree.unflatten(structure, leaves))
+
+    def on_leaf(self, path: str, x: Any, spec: QuantSpec) -> QTensor:
+        """One parameter under its resolved spec."""
+        return hqq_array(jnp.asarray(x), hqq_spec(spec, path), self.p)
 
 
 def hqq(policy: Policy | Resolved | str, *, p: float = 0.7) -> HQQ:
@@ -130,8 +135,9 @@ def hqq(policy: Policy | Resolved | str, *, p: float = 0.7) -> HQQ:
     argmin_z sum |W - (q - z) s|^p, q = clip(round(W / s + z)), for every block of the policy, which
     gets a zero point (a float32: group 64 pays half a bit a weight) and all codes of the integer.
     s is of the range that the policy's observer finds; minmax() in place of absmax(). The batches
-    of `calibrate` are not used, but to see which axes products sum over. Raises ValueError, with
-    the path, for formats other than integers. Source: Badri and Shaji 2023, HQQ.
+    of `calibrate` are not used, but to see which axes products sum over; `quantize_file` takes the
+    method without any. Raises ValueError, with the path, for formats other than integers.
+    Source: Badri and Shaji 2023, HQQ.
 
     >>> import quantjax as qj
     >>> params = {"kernel": jax.random.normal(jax.random.key(1), (64, 4)) + 0.3}
