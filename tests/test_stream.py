@@ -388,10 +388,12 @@ def test_a_damaged_leaf_leaves_nothing(paths):
         qj.quantize_file(paths.source, paths.target, "w8")
 
 
-def test_a_leaf_that_is_not_finite_leaves_nothing(paths):
-    qj.save(paths.source, {"v": normal(4, 4), "w": normal(4, 4).at[1, 2].set(jnp.nan)})
+@pytest.mark.parametrize("policy", ["w8", ptq.hqq("w8")], ids=["policy", "hqq"])
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_a_leaf_that_is_not_finite_leaves_nothing(paths, policy, bad):
+    qj.save(paths.source, {"v": normal(4, 4), "w": normal(4, 4).at[1, 2].set(bad)})
     with pytest.raises(ValueError, match="w: holds NaN or infinity"):
-        qj.quantize_file(paths.source, paths.target, "w8")
+        qj.quantize_file(paths.source, paths.target, policy)
     assert paths.names() == set()
 
 

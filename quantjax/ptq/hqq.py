@@ -126,7 +126,11 @@ class HQQ:
 
     def on_leaf(self, path: str, x: Any, spec: QuantSpec) -> QTensor:
         """One parameter under its resolved spec."""
-        return hqq_array(jnp.asarray(x), hqq_spec(spec, path), self.p)
+        q = hqq_array(jnp.asarray(x), hqq_spec(spec, path), self.p)
+        finite = jnp.isfinite(q.scale).all() & jnp.isfinite(q.zero_point).all()
+        if not isinstance(finite, jax.core.Tracer) and not finite:
+            raise ValueError(f"{path}: holds NaN or infinity; no scale covers that.")
+        return q
 
 
 def hqq(policy: Policy | Resolved | str, *, p: float = 0.7) -> HQQ:
@@ -136,8 +140,8 @@ def hqq(policy: Policy | Resolved | str, *, p: float = 0.7) -> HQQ:
     gets a zero point (a float32: group 64 pays half a bit a weight) and all codes of the integer.
     s is of the range that the policy's observer finds; minmax() in place of absmax(). The batches
     of `calibrate` are not used, but to see which axes products sum over; `quantize_file` takes the
-    method without any. Raises ValueError, with the path, for formats other than integers.
-    Source: Badri and Shaji 2023, HQQ.
+    method without any. Raises ValueError, with the path, for formats other than integers and for
+    NaN or infinity. Source: Badri and Shaji 2023, HQQ.
 
     >>> import quantjax as qj
     >>> params = {"kernel": jax.random.normal(jax.random.key(1), (64, 4)) + 0.3}
