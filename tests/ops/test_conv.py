@@ -12,6 +12,7 @@ from jax import lax
 
 from quantjax.ops import conv, force, integer_conv, prefers_integers
 from quantjax.ops.patches import Window, convolve
+from tests.daily import daily, dealt
 
 NWC, NHWC, NDHWC = (
     ("NWC", "WIO", "NWC"),
@@ -127,8 +128,7 @@ def reference(x: np.ndarray, w: np.ndarray, zero: int, p: dict) -> np.ndarray:
     return y.transpose(np.argsort(numbers.out_spec))
 
 
-@pytest.mark.parametrize("dtype", ZEROS)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name, dtype", dealt(CASES, ZEROS))
 def test_sums_are_exact(name, dtype):
     (x, w), zero, p = codes(name, dtype), ZEROS[dtype], params(name)
     expected = reference(x, w, zero, p)
@@ -144,9 +144,9 @@ def test_it_runs_outside_jit(name):
     np.testing.assert_array_equal(got, reference(x, w, 200, p))
 
 
-@pytest.mark.parametrize("form", ["u8s8", "s8s8", "float32"])
-@pytest.mark.parametrize("dtype", ZEROS)
-@pytest.mark.parametrize("name", ["rows apart", "groups"])
+@pytest.mark.parametrize(
+    "name, dtype, form", dealt(["rows apart", "groups"], ZEROS, ["u8s8", "s8s8", "float32"])
+)
 def test_every_product_serves_both_types_of_codes(name, dtype, form):
     (x, w), zero, p = codes(name, dtype), ZEROS[dtype], params(name)
     with force(form):
@@ -154,13 +154,14 @@ def test_every_product_serves_both_types_of_codes(name, dtype, form):
     np.testing.assert_array_equal(got, reference(x, w, zero, p))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", daily(CASES, list(CASES)[1::3]))
 def test_the_native_form_is_exact(name, monkeypatch):
     same_as_reference_by(conv._on_tpu, name, np.uint8, monkeypatch)
 
 
-@pytest.mark.parametrize("dtype", ZEROS)
-@pytest.mark.parametrize("name", ["2-D", "mixed layout", "groups", "depthwise"])
+@pytest.mark.parametrize(
+    "name, dtype", dealt(["2-D", "mixed layout", "groups", "depthwise"], ZEROS)
+)
 def test_the_form_of_gpus_is_exact(name, dtype, monkeypatch):
     same_as_reference_by(conv._elsewhere, name, dtype, monkeypatch)
 
@@ -183,9 +184,11 @@ def test_each_example_may_have_its_own_code_of_zero(name):
         np.testing.assert_array_equal(np.take(got, [i], axes[1]), one)
 
 
-@pytest.mark.parametrize("limit", [1, 1500, 7000])
-@pytest.mark.parametrize("strides, dilation", [((1, 1), (1, 1)), ((2, 1), (1, 2))])
-def test_blocks_of_any_size_give_the_same(strides, dilation, limit):
+@pytest.mark.parametrize(
+    "limit, steps", dealt([1, 1500, 7000], [((1, 1), (1, 1)), ((2, 1), (1, 2))])
+)
+def test_blocks_of_any_size_give_the_same(limit, steps):
+    strides, dilation = steps
     rng = np.random.default_rng(1)
     x = jnp.asarray(rng.integers(0, 256, (5, 16, 9, 7)), jnp.uint8)
     w = jnp.asarray(rng.integers(-128, 128, (3, 3, 7, 4)), jnp.int8)
@@ -196,8 +199,10 @@ def test_blocks_of_any_size_give_the_same(strides, dilation, limit):
     np.testing.assert_array_equal(run(x, w, limit=limit), run(x, w, limit=2**40))
 
 
-@pytest.mark.parametrize("name", ["mixed layout", "groups", "depthwise", "batch groups"])
-@pytest.mark.parametrize("axes", [(2, None), (None, 3), (1, 2)])
+@pytest.mark.parametrize(
+    "name, axes",
+    dealt(["mixed layout", "groups", "depthwise", "batch groups"], [(2, None), (None, 3), (1, 2)]),
+)
 def test_vmap(name, axes):
     (x, w), p = codes(name, np.uint8), params(name)
     x, w = (
@@ -230,7 +235,9 @@ def test_patches_of_a_large_batch_are_never_all_there():
     assert temporary < codes_and_sums + 8 * conv.CPU_PATCHES < 9 * math.prod(x)
 
 
-@pytest.mark.parametrize("name", ["2-D", "groups", "depthwise", "transposed", "3-D"])
+@pytest.mark.parametrize(
+    "name", daily(["2-D", "groups", "depthwise", "transposed", "3-D"], ["groups", "transposed"])
+)
 def test_it_exports_to_three_platforms_at_once(name):
     (x, w), p = codes(name, np.uint8), params(name)
     x, w = jnp.asarray(x), jnp.asarray(w)
@@ -240,8 +247,9 @@ def test_it_exports_to_three_platforms_at_once(name):
     np.testing.assert_array_equal(got, reference(np.asarray(x), np.asarray(w), 200, p))
 
 
-@pytest.mark.parametrize("name", ["rows apart", "groups", "transposed"])
-@pytest.mark.parametrize("lengths", ["b, 6, 5, c", "b, h, w, c"])
+@pytest.mark.parametrize(
+    "name, lengths", dealt(["rows apart", "groups", "transposed"], ["b, h, w, c", "b, 6, 5, c"])
+)
 def test_it_exports_for_any_batch_and_size(name, lengths):
     (x, w), p = codes(name, np.int8), params(name)
     x, w = jnp.asarray(x), jnp.asarray(w)

@@ -7,6 +7,7 @@ import pytest
 
 from quantjax.ops import force, grouped_dot, grouped_pays
 from quantjax.ops.forms import FORMS
+from tests.daily import dealt
 
 RNG = np.random.default_rng(0)
 
@@ -31,9 +32,7 @@ def check(got, x, w, scale):
     assert np.all(np.abs(got - sum(terms)) <= (groups + 1) * 2.0**-24 * sum(map(np.abs, terms)))
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("dtype", [np.int8, np.uint8])
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rows, dtype, form", dealt([1, 3], [np.int8, np.uint8], FORMS))
 def test_it_is_the_scaled_sum_of_exact_sums(rows, dtype, form):
     args = problem(rows=rows, dtype=dtype)
     with force(form):

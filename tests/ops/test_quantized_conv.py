@@ -1,6 +1,7 @@
 """Is a convolution in integers that of the rounded values, whatever pads it?"""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from quantjax.affine import Scales
 from quantjax.interpret import intercept
 from quantjax.ops import ConvParams, Lowering, fake_activation, plan_conv, quantized_conv
 from quantjax.ops.quantized_conv import _integer_conv
+from tests.daily import dealt
 
 INT8, UINT8 = qj.IntFormat(8), qj.IntFormat(8, signed=False)
 ACTS = {
@@ -31,6 +33,11 @@ LAYERS = {
     "depthwise": ((2, 8, 8, 6), (3, 3, 1, 6), dict(padding="SAME", feature_group_count=6)),
     "grouped": ((2, 8, 8, 6), (3, 3, 3, 8), dict(padding="SAME", feature_group_count=2)),
 }
+
+
+# One program for each, where eager calls would be one for each operation.
+in_integers = jax.jit(_integer_conv, static_argnames=("act", "params"))
+rounded_images = jax.jit(fake_activation, static_argnums=(1, 3))
 
 
 def normal(*shape: int, seed: int = 0) -> jax.Array:
@@ -55,16 +62,7 @@ def case(name: str):
     return x, q, params_of(x, qj.dequantize(q), options), options
 
 
-# A third of all on every run, in which each layer meets two activations or three.
-CASES = [
-    pytest.param(name, act, static, marks=() if (i + j + k) % 3 == 0 else pytest.mark.full)
-    for i, name in enumerate(LAYERS)
-    for j, act in enumerate(ACTS)
-    for k, static in enumerate((False, True))
-]
-
-
-@pytest.mark.parametrize("name, act, static", CASES)
+@pytest.mark.parametrize("name, act, static", dealt(LAYERS, ACTS, [True, False]))
 def test_equal_to_the_rounded_values(name, act, static):
     """Borders too: the reference pads the rounded image with 0, whose code is the zero point.
 
@@ -77,31 +75,30 @@ def test_equal_to_the_rounded_values(name, act, static):
         zero = None if act.symmetric else jnp.array(30, act.format.code_dtype)
         given = Scales(jnp.float32(1 / 70), zero)
     assert plan_conv(q, act, params, x.shape).lowering is Lowering.INTEGER
-    rounded = np.asarray(fake_activation(x, act, given, params.summed), np.float64)
+    rounded = np.asarray(rounded_images(x, act, given, tuple(params.summed)), np.float64)
     w = np.asarray(qj.dequantize(q), np.float64)
     with jax.enable_x64(True):
-        expected = np.asarray(convolve(rounded, w, **options))
-        size = np.asarray(convolve(np.abs(rounded), np.abs(w), **options))
-    got = _integer_conv(x, q, given, act=act, params=params)
+        run = jax.jit(functools.partial(convolve, **options))
+        expected, size = (np.asarray(run(f(rounded), f(w))) for f in (np.asarray, np.abs))
+    got = in_integers(x, q, given, act=act, params=params)
     assert np.all(np.abs(got - expected) <= 8 * 2.0**-24 * size)
-    np.testing.assert_allclose(
-        quantized_conv(x, q, given, act, params), got, rtol=1e-5, atol=1e-5 * np.abs(got).max()
-    )
+    served = jax.jit(quantized_conv, static_argnums=(3, 4))(x, q, given, act, params)
+    np.testing.assert_allclose(served, got, rtol=1e-5, atol=1e-5 * np.abs(got).max())
 
 
 def test_an_example_with_nan_is_nan_and_the_others_are_not():
     x, q, params, _ = case("same")
     for given in (None, Scales(jnp.float32(1 / 70))):
         bad = x.at[1, 3, 3, 0].set(jnp.nan)
-        y = _integer_conv(bad, q, given, act=ACTS["examples"], params=params)
+        y = in_integers(bad, q, given, act=ACTS["examples"], params=params)
         np.testing.assert_array_equal(jnp.isnan(y).any((1, 2, 3)), [False, True, False])
 
 
 def test_gradient_and_export():
     x, q, params, options = case("same")
     act = ACTS["examples"]
-    got = jax.grad(lambda x: quantized_conv(x, q, None, act, params).sum())(x)
-    expected = jax.grad(lambda x: convolve(x, qj.dequantize(q), **options).sum())(x)
+    got = jax.jit(jax.grad(lambda x: quantized_conv(x, q, None, act, params).sum()))(x)
+    expected = jax.jit(jax.grad(lambda x: convolve(x, qj.dequantize(q), **options).sum()))(x)
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
     run = jax.jit(lambda x: quantized_conv(x, q, None, act, params))
     data = jax.export.export(run, platforms=["cpu", "cuda", "tpu"])(x).serialize()
@@ -120,10 +117,9 @@ def test_the_report_says_what_is_computed(transposed):
     apply = lambda p, x: convolve(x, view(p["w"]), **options)  # noqa: E731
     (site,) = intercept(apply).report({"w": q}, x).sites
     assert site.lowering == "float, both sides rounded on CPU: faster for this shape"
-    rounded = fake_activation(x, ACTS["examples"], None, (1, 2, 3))
-    np.testing.assert_allclose(
-        intercept(apply)({"w": q}, x), apply({"w": qj.dequantize(q)}, rounded), rtol=1e-5, atol=2e-5
-    )
+    rounded = rounded_images(x, ACTS["examples"], None, (1, 2, 3))
+    got, expected = jax.jit(intercept(apply))({"w": q}, x), apply({"w": qj.dequantize(q)}, rounded)
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=2e-5)
 
 
 def test_wide_layers_are_integers_on_cpu():

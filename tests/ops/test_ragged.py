@@ -10,6 +10,7 @@ import quantjax as qj
 from quantjax.affine import Scales
 from quantjax.interpret import intercept
 from quantjax.ops import fake_activation, quantized_ragged_dot
+from tests.daily import dealt
 
 INT8, UINT8 = qj.IntFormat(8), qj.IntFormat(8, signed=False)
 ACTS = {
@@ -38,8 +39,7 @@ def experts(weight: str, act: str) -> qj.QTensor:
     return qj.quantize({"w": normal(3, 16, 5, seed=1)}, policy)["w"]
 
 
-@pytest.mark.parametrize("act", ACTS)
-@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize("weight, act", dealt(WEIGHTS, ACTS))
 def test_every_token_meets_its_expert(weight, act):
     """float32 rounds two scales, their product and the result: 4 of 2^-24; the reference rounds
     the values in its sum, 2 more on each term."""
@@ -49,7 +49,7 @@ def test_every_token_meets_its_expert(weight, act):
     expert = [0, 0, 0, 2, 2]
     expected = np.stack([rounded[t] @ w[e] for t, e in enumerate(expert)] + [np.zeros(5)])
     size = np.stack([abs(rounded[t]) @ abs(w[e]) for t, e in enumerate(expert)] + [np.zeros(5)])
-    got = quantized_ragged_dot(x, q, SIZES, None, act)
+    got = jax.jit(quantized_ragged_dot, static_argnums=4)(x, q, SIZES, None, act)
     assert np.all(np.abs(got - expected) <= 8 * 2.0**-24 * size)
 
 

@@ -15,6 +15,9 @@ import quantjax as qj
 from quantjax.formats import Levels, e4m3, nf4
 from quantjax.ops import blocked, fits_weight_only, weight_only, weight_only_dot
 from quantjax.ops.vector import count_terms
+from tests.daily import daily, dealt
+
+from .reference import dot_general
 
 INT4 = qj.IntFormat(4)
 FORMATS = {
@@ -71,25 +74,28 @@ def problem(layout, rows, **spec):
 
 def check(got, x, q, numbers):
     """The bound of the docstring: n + 4 roundings of float32 to the product in float64."""
-    w = np.asarray(qj.dequantize(q), np.float64)
-    x = np.asarray(x, np.float64)
-    with jax.enable_x64(True):
-        expected = np.asarray(lax.dot_general(x, w, numbers))
-        size = np.asarray(lax.dot_general(np.abs(x), np.abs(w), numbers))
+    w, x = np.asarray(qj.dequantize(q)), np.asarray(x)
+    expected, size = (dot_general(f(x), f(w), numbers) for f in (np.asarray, np.abs))
     terms = math.prod(q.shape[a] for a in numbers[0][1])
     assert got.shape == expected.shape and got.dtype == jnp.float32
     # 2 more: the values that are compared with are rounded themselves.
     assert np.all(np.abs(got - expected) <= (terms + 6) * 2.0**-24 * size)
 
 
-# Every layout with a packed format, every format in both layouts, with and without groups.
+# Daily every layout with a packed format, and every format in one of two layouts; then in both,
+# with and without groups.
 CASES = [("int4, zero point", layout, 32) for layout in LAYOUTS]
+CASES += [
+    (name, *(("plain", (None, 32)[i // 2 % 2]), ("transposed", (32, None)[i // 2 % 2]))[i % 2])
+    for i, name in enumerate(FORMATS)
+]
+DAILY = set(CASES)
 CASES += [("int8", "sum over heads", None), ("int4", "transposed heads", None)]
 CASES += [("int8", "a short last group", None), ("int8", "heads", None)]
-CASES += [
-    (name, layout, group)
-    for i, name in enumerate(FORMATS)
-    for layout, group in (("plain", (None, 32)[i % 2]), ("transposed", (32, None)[i % 2]))
+CASES += [(n, lay, g) for n in FORMATS for lay in ("plain", "transposed") for g in (None, 32)]
+CASES = [
+    pytest.param(*case, marks=[] if case in DAILY else pytest.mark.full)
+    for case in dict.fromkeys(CASES)
 ]
 
 
@@ -120,7 +126,7 @@ def test_how_many_terms_a_vector_product_has(name, layout, group, terms):
     assert count_terms(weight(layout, group, **FORMATS[name]), LAYOUTS[layout][1]) == terms
 
 
-@pytest.mark.parametrize("rows", [0, 1, 2, 8])
+@pytest.mark.parametrize("rows", daily([0, 1, 2, 8], [0, 2, 8]))
 def test_rows_in_several_axes_that_are_not_first(rows):
     q = weight("plain", format=qj.IntFormat(8))
     x, numbers = normal(256, rows, 2), (((0,), (0,)), ((), ()))
@@ -140,9 +146,9 @@ def test_a_bfloat16_weight_and_activation_are_computed_in_float32():
     check(weight_only_dot(x, stored, numbers), x, q, numbers)
 
 
-@pytest.mark.parametrize("rows", [1, 5])
-@pytest.mark.parametrize("layout", ["plain", "transposed"])
-@pytest.mark.parametrize("name", ["int8", "int4", "nf4"])
+@pytest.mark.parametrize(
+    "name, layout, rows", dealt(["int8", "int4", "nf4"], ["plain", "transposed"], [1, 5])
+)
 def test_nan_and_infinity_do_what_they_do_in_floats(name, layout, rows):
     bad = {"nan": [np.nan], "inf": [np.inf], "-inf": [-np.inf], "both": [np.inf, np.inf]}
     for what, values in bad.items():
@@ -224,9 +230,9 @@ def test_small_and_coarse_weights_and_symbols_say_why(monkeypatch):
     assert "a small weight (6144 < 1000000)" in fits_weight_only(x, q, numbers)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 8])
-@pytest.mark.parametrize("layout", ["leading", "trailing"])
-@pytest.mark.parametrize("preset", ["w8", "w4g64", "nf4g64"])
+@pytest.mark.parametrize(
+    "preset, layout, rows", dealt(["w8", "w4g64", "nf4g64"], ["leading", "trailing"], [1, 2, 8])
+)
 def test_no_float_copy_of_the_weight_is_made(preset, layout, rows, monkeypatch):
     monkeypatch.setattr(blocked, "BLOCK_ELEMENTS", 2**14)
     leading = layout == "leading"
@@ -245,8 +251,7 @@ def test_it_exports_to_three_platforms_at_once():
     np.testing.assert_allclose(jax.export.deserialize(data).call(x), run(x), rtol=1e-6)
 
 
-@pytest.mark.parametrize("rows", [1, 8])
-@pytest.mark.parametrize("spec", [P(None, "d"), P("d", None)])
+@pytest.mark.parametrize("spec, rows", dealt([P(None, "d"), P("d", None)], [1, 8]))
 def test_a_sharded_weight_is_multiplied_where_it_lies(spec, rows):
     q = qj.quantize({"kernel": normal(512, 64)}, "w4g64")["kernel"]
     numbers, x = (((1,), (0,)), ((), ())), normal(rows, 512)
