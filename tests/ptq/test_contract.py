@@ -127,8 +127,6 @@ def test_bfloat16_is_kept_and_summed_in_float32(name):
 
 @each_method
 def test_a_second_call_compiles_nothing(name):
-    if name == "adaround":
-        pytest.skip("compiles one program anew; to be found")
     seen: list[str] = []
     listener = lambda event, seconds, **more: seen.append(event)  # noqa: E731
     run(name, dense, DENSE, [X])
