@@ -116,8 +116,8 @@ def interpret(domain: Domain[State], program: Program) -> tuple[dict[Key, State]
         states = [read(x) for x in instruction.inputs]
         match instruction.run:
             case Equation(eqn, place):
-                same = _same(instruction.inputs)
-                outputs = _outputs(domain, Step(eqn, place.module, same), states)
+                step = Step(eqn, place.module, _same(instruction.inputs))
+                outputs = _outputs(domain, step, states)
             case Take(i):
                 outputs = [domain.taken(states[0], i)]
             case _:  # what the steps of a scan gave
@@ -137,8 +137,7 @@ def _outputs(domain: Domain[State], step: Step, states: Sequence[State]) -> list
         return domain.outputs(step, states)
 
     def each(eqn: Any, inputs: list[State]) -> list[State]:
-        same = len(eqn.invars) == 2 and eqn.invars[0] is eqn.invars[1]
-        return _outputs(domain, Step(eqn, step.module, same), inputs)
+        return _outputs(domain, Step(eqn, step.module, _same(eqn.invars)), inputs)
 
     return walk(body, states, functools.partial(_constant, domain), each)
 
@@ -149,8 +148,8 @@ def _constant(domain: Domain[State], value: Any) -> State:
     return domain.constant(np.asarray(value))
 
 
-def _same(inputs: Sequence[Operand]) -> bool:
-    return len(inputs) == 2 and not isinstance(inputs[0], Constant) and inputs[0] == inputs[1]
+def _same(inputs: Sequence[Any]) -> bool:
+    return len(inputs) == 2 and inputs[0] == inputs[1]
 
 
 def _shape(aval: Any) -> Shape:

@@ -100,13 +100,15 @@ class Bases:
 
 
 def _axiswise(step: Step, states: Sequence[Known], kind: str, reason: str) -> State:
-    """Values joined axis by axis; one of length one there, or a scalar, is equal along it."""
+    """Values joined axis by axis; zeros, a scalar and one of length one there are equal along
+    it."""
     held = [x for x in states if x is not None]
     axes = []
     for a, n in enumerate(step.out_shapes[0]):
         own = [x.axes[a] if len(x.axes) else () for x in held]
         whole = (Part(n, None, True),)
-        axes.append(join([axis if parts(axis) else whole for axis in own], kind, reason))
+        met = [axis if parts(axis) else whole for axis in own]
+        axes.append(join(met or [whole], kind, reason))
     return State(tuple(axes))
 
 

@@ -51,8 +51,10 @@ class Value(NamedTuple):
     id: int
 
 
-class Constant(NamedTuple):
-    """An operand: an array or number that the model holds itself."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Constant:
+    """An operand: an array or number that the model holds itself. Equal to no other, whatever its
+    value; a tuple of 3 would be the `Value` 3."""
 
     value: Any
 

@@ -13,6 +13,8 @@ from jax import lax
 
 import quantjax as qj
 from experiments.resnet import ResNet
+from quantjax.interpret.norms import find_norms
+from quantjax.interpret.scaling import solve
 from quantjax.paths import named_leaves
 from quantjax.ptq import fold_batch_norm
 from quantjax.ptq.batch_norm import fold
@@ -198,6 +200,16 @@ def test_a_norm_that_can_not_be_folded_is_left_with_a_reason(name):
             fold(apply, p, x)
     else:
         assert not caught
+
+
+@pytest.mark.parametrize("number", [1.0, 2.0])
+def test_a_number_in_the_model_is_not_taken_for_a_value(number):
+    """Values are numbered as well: 1 is the product's."""
+    apply, p, x = plain(
+        lambda p, y: (number * y - p["mean"]) * p["gain"] * lax.rsqrt(p["var"] + 1e-5)
+    )
+    _, norms = find_norms(solve(apply, (p, x)))
+    assert [norm.name for norm in norms] == ["gain"]
 
 
 def test_weights_that_another_product_reads_are_not_folded():

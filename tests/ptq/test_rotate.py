@@ -162,6 +162,18 @@ def test_a_sum_over_channels_keeps_the_vector_of_ones():
     same(apply, p, rotated(apply, p, x), x)
 
 
+@pytest.mark.parametrize("factor", [1.0, 2.0, 3.0, np.zeros(7, np.float32)], ids=str)
+def test_a_number_in_the_model_fixes_no_basis(factor):
+    """Nor one that is a value's own, as values are numbered, nor what is made of zeros alone."""
+
+    def apply(p, x):
+        made = factor if isinstance(factor, float) else jnp.exp(factor)
+        return jnp.tanh((x @ p["a"] * made) @ p["b"])
+
+    p = {"a": weights()["head"], "b": weights(1)["head"].T}
+    assert len(find_turns(apply, p, weights(2)["embedding"]).free) == 1
+
+
 def test_a_gain_of_zero_is_a_weight_of_zero():
     p = weights()
     p["norm"] = p["norm"].at[3].set(0)
