@@ -90,7 +90,8 @@ class Layerwise:
     rows: how many inputs a parameter looks at for each weight of one output, over all batches. A
     convolution has far more, as its windows overlap; their moments cost more than the model. None
     for all.
-    Raises ValueError, naming the parameter and the batch, for NaN or infinity in activations.
+    Raises ValueError, naming the parameter, for NaN or infinity in it and, with the batch, in what
+    meets it.
     """
 
     policy: Policy | Resolved | str
@@ -101,6 +102,9 @@ class Layerwise:
     def __call__(self, run: Run) -> Run:
         run.floats_only(type(self.solver).__name__)
         resolved, forms = plan(run, self.policy)
+        for name, leaf in named_leaves(run.tree)[0]:
+            if name in forms and not jnp.isfinite(leaf).all():
+                raise ValueError(f"{name}: holds NaN or infinity; nothing can be fitted to that.")
         tree = rounded(run.tree, resolved, without=forms)
         settled = _settle(self, run, resolved, forms, dict(named_leaves(tree)[0]))
         for path in forms.keys() - settled.keys():

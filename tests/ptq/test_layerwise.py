@@ -153,6 +153,12 @@ def test_activations_that_are_not_finite_are_named(bad):
         calibrated(mlp, MLP, [X, X.at[3, 1].set(bad)])
 
 
+def test_weights_that_are_not_finite_are_named():
+    params = {**MLP, "b": {**MLP["b"], "kernel": MLP["b"]["kernel"].at[0, 0].set(np.nan)}}
+    with pytest.raises(ValueError, match=r"b/kernel: holds NaN or infinity"):
+        calibrated(mlp, params, [X])
+
+
 def test_one_sample_and_batches_of_two_lengths():
     q, seen = calibrated(mlp, MLP, [X[:1]])
     assert seen["b/kernel"].moments.rows.tolist() == [1]
