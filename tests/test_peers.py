@@ -169,7 +169,9 @@ def test_what_is_read_back_lies_within_half_a_step(name, format, decoder):
 
 
 # A scale for every 16 weights, at w8 for each column of 32 or 64; HQQ has a zero point as well.
-@pytest.mark.parametrize("name, kept", [("qwix", 32), ("hqq", 64), ("torchao", 32)])
+@pytest.mark.parametrize(
+    "name, kept", [("qwix", 32), ("hqq", 64), ("torchao", 32), ("torchao, hqq", 32)]
+)
 def test_bits_count_scales_and_zero_points(name, kept, decoder, resnet):
     if not installed(name):
         pytest.skip("not installed")
@@ -179,7 +181,7 @@ def test_bits_count_scales_and_zero_points(name, kept, decoder, resnet):
     weights = 3 if name == "torchao" else 27  # which scales each position of the window alone
     assert made.bits == pytest.approx(8 + kept / weights)
     before, after = (np.asarray(t["params"]["conv1"]["kernel"]) for t in (resnet.params, made.tree))
-    assert 0 < np.abs(after - before).max() < np.abs(before).max() / 250
+    assert 0 < np.abs(after - before).max() < np.abs(before).max() / 127  # a step
 
 
 @pytest.mark.parametrize("name", PREDICTIONS)

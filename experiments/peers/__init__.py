@@ -49,9 +49,9 @@ def need(*packages: str) -> str:
 
 def asked(policy: qj.Policy, params: Any) -> Mapping[str, qj.QuantSpec]:
     """By path, the spec of every leaf that the policy quantizes, as its rule has it."""
-    rules = dict(policy.rules)
-    found = ((path, rules.get(r.matched)) for path, r in policy.resolve(params).items())
-    return {path: spec for path, spec in found if spec}
+    rules = {**dict(policy.rules), policy.otherwise_name: policy.otherwise}
+    found = {path: rules[r.matched] for path, r in policy.resolve(params).items() if r.spec}
+    return {path: spec for path, spec in found.items() if spec}
 
 
 def each_kernel(

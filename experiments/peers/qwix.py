@@ -42,6 +42,8 @@ def _refuse(method: str, specs: Any, convolutions: bool) -> None:
         raise NotApplicable("Qwix's AWQ is for weights alone")
     if method == "gptq" and any(spec.format.bits not in (2, 4, 8) for spec in specs):
         raise NotApplicable("Qwix's GPTQ keeps its codes in a dtype of JAX; int3 is none")
+    if convolutions and any(spec.group for spec in specs):
+        raise NotApplicable("Qwix scales a convolution for each output as a whole")
     if convolutions and any(spec.act.format.bits != spec.format.bits for spec in acts):
         raise NotApplicable("Qwix convolves weights and activations of the same bits alone")
 

@@ -17,8 +17,9 @@ def weights(policy: qj.Policy, network: Network, *, algorithm: str = "AFFINE") -
     """All kernels by its `quantize_` with an `IntxWeightOnlyConfig`, symmetric.
 
     algorithm: a name of its `IntxChooseQParamsAlgorithm`. Dense layers have one scale an output,
-    or one a group; of a convolution torchao scales each position of the window alone.
-    Where activations are quantized see `products`."""
+    or one a group; of a convolution torchao scales each position of the window alone. Its HQQ
+    takes matrices: there a convolution is one with a row for each output. Where activations are
+    quantized see `products`."""
     package = need("torchao", "torch")
     if any(spec.act for spec in asked(policy, network.params).values()):
         if algorithm != "AFFINE":
@@ -26,7 +27,9 @@ def weights(policy: qj.Policy, network: Network, *, algorithm: str = "AFFINE") -
         return products(policy, network, package)
 
     def kernel(path: str, array: np.ndarray, spec: Any) -> tuple[np.ndarray, float]:
-        return _read_back(_layer(array, _weight_only(spec, algorithm)), spec)
+        taken = array if algorithm == "AFFINE" else array.reshape(len(array), -1)
+        floats, bits = _read_back(_layer(taken, _weight_only(spec, algorithm)), spec)
+        return floats.reshape(array.shape), bits
 
     tree, bits = each_kernel(policy, network.params, kernel)
     return Made(tree, bits, package)
