@@ -15,6 +15,7 @@ import quantjax as qj
 from quantjax import affine, formats
 from quantjax.formats import Codebook, ExponentFormat, IntFormat, Levels
 from quantjax.spec import QuantSpec
+from tests.daily import daily, dealt
 
 FORMATS: dict[str, dict[str, Any]] = {
     "int8": dict(format=IntFormat(8)),
@@ -60,22 +61,14 @@ GRANULARITIES: dict[str, dict[str, Any]] = {
 }
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
-# The daily cells: two granularities and two dtypes for each format, dealt out in turn. The rest of
-# the product is `full`, as is all but a core of formats in the further questions.
-CELLS = [
-    pytest.param(
-        *(f, g, d),
-        id=f"{f}-{g}-{d}",
-        marks=[] if (i + j) % 3 == 0 and (i // 3 + j) % 3 == k else pytest.mark.full,
-    )
-    for i, f in enumerate(FORMATS)
-    for j, g in enumerate(GRANULARITIES)
-    for k, d in enumerate(DTYPES)
-]
-CORE = ("int8", "int4 asymmetric", "int4 half", "e4m3", "nf4", "kmeans3", "mxfp4", "nvfp4")
-each_cell = pytest.mark.parametrize("fmt, granularity, dtype", CELLS)
-each_format = pytest.mark.parametrize(
-    "fmt", [pytest.param(f, marks=[] if f in CORE else pytest.mark.full) for f in FORMATS]
+# Daily is each format with one granularity and one dtype. The rest of the product is `full`, as is
+# all but a core of formats in the further questions, of which each is asked half.
+CORE = ("int8", "int4 half", "int4 asymmetric", "e4m3", "kmeans3", "nf4", "nvfp4", "mxfp4")
+each_cell = pytest.mark.parametrize(
+    "fmt, granularity, dtype", dealt(FORMATS, GRANULARITIES, DTYPES)
+)
+each_format, each_other = (
+    pytest.mark.parametrize("fmt", daily(FORMATS, CORE[i::2])) for i in (0, 1)
 )
 
 
@@ -144,7 +137,7 @@ def test_like_takes_the_scales_of_a_quantized_tree(fmt):
     assert_same_bits(qj.dequantize(qj.quantize(y, like=q)), y)
 
 
-@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("fmt", daily(FORMATS, CORE))
 def test_range_scales_are_equal_jitted_or_not(fmt):
     """absmax and minmax scales; searched ones are equal as both ways call one program."""
     if FORMATS[fmt].get("observer", qj.absmax()) not in (qj.absmax(), qj.minmax()):
@@ -156,7 +149,7 @@ def test_range_scales_are_equal_jitted_or_not(fmt):
     assert_same_bits(jax.jit(lambda: affine.find_scales(x, spec))(), find(x, spec))
 
 
-@each_format
+@each_other
 def test_stochastic_rounding_agrees_for_one_key(fmt, key):
     spec, x = make(fmt, "short group", rounding=qj.Rounding.STOCHASTIC), sample()
     policy = qj.Policy([("w", spec)])
@@ -192,7 +185,7 @@ def test_vmap_and_stacking_are_a_loop(fmt):
     assert_same_bits(affine.dequantize_array(q), fake)
 
 
-@each_format
+@each_other
 def test_the_forward_value_is_exact_under_grad(fmt):
     spec, x = make(fmt), sample()
     scales = find(x, spec)
