@@ -8,8 +8,10 @@ import dataclasses
 import math
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
 from quantjax.affine import codes_of, dequantize_array, scale_values
 from quantjax.blocks import sizes, spread
@@ -116,10 +118,11 @@ def rounded(w: np.ndarray, q: QTensor, layers: int) -> list[Rounded]:
     """What became of every layer of a leaf."""
     w = np.asarray(w, np.float32)
     count = math.prod(w.shape[:layers])
-    error = (np.asarray(dequantize_array(q), np.float32) - w).astype(np.float64) ** 2
-    clipped = _clipped(w, q).reshape(count, -1)
+    values, codes, clipped = jax.device_get(_inspected(w, q))
+    error = (values - w).astype(np.float64) ** 2
+    clipped = clipped.reshape(count, -1)
     error, energy = error.reshape(count, -1), (w.astype(np.float64) ** 2).reshape(count, -1)
-    used, most = _used(q, count)
+    used, most = _used(codes, q, count)
     out = []
     for k in range(count):
         lost, whole = error[k].sum(), energy[k].sum()
@@ -135,8 +138,13 @@ def rounded(w: np.ndarray, q: QTensor, layers: int) -> list[Rounded]:
     return out
 
 
-def _clipped(w: np.ndarray, q: QTensor) -> np.ndarray:
-    """Which weights lie outside all cells of their grid."""
+@jax.jit  # one program for leaves of one shape and format
+def _inspected(w: Float[Array, "*w"], q: QTensor) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The values and the codes of q, and which weights lie outside all cells of their grid."""
+    return dequantize_array(q).astype(jnp.float32), codes_of(q), _clipped(w, q)
+
+
+def _clipped(w: Float[Array, "*w"], q: QTensor) -> jax.Array:
 
     def each(x: Any) -> Any:
         return spread(x, w.shape, q.block)
@@ -144,17 +152,17 @@ def _clipped(w: np.ndarray, q: QTensor) -> np.ndarray:
     assert not isinstance(q.format, ExponentFormat)  # that is the format of scales alone
     v = w * each(inverse(scale_values(q.scale)))
     if isinstance(q.format, Codebook):
-        return np.asarray(q.format.clips(v, q.codebook))
+        return q.format.clips(v, q.codebook)
     if isinstance(q.format, IntFormat):
         zero = None if q.zero_point is None else each(q.zero_point.astype(np.float32))
-        return np.asarray(q.format.clips(v, zero))
-    return np.asarray(q.format.clips(v))
+        return q.format.clips(v, zero)
+    return q.format.clips(v)
 
 
-def _used(q: QTensor, count: int) -> tuple[np.ndarray, int]:
+def _used(codes: np.ndarray, q: QTensor, count: int) -> tuple[np.ndarray, int]:
     """How many codes the weights of one scale use, on average over each layer, and the most."""
     assert not isinstance(q.format, ExponentFormat)
-    codes = np.asarray(codes_of(q)).astype(np.int64) & 255
+    codes = codes.astype(np.int64) & 255
     size = sizes(codes.shape, q.block)
     block = np.zeros((1,) * codes.ndim, np.int64)
     for axis, (n, b) in enumerate(zip(codes.shape, size, strict=True)):
