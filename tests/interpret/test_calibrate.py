@@ -13,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import quantjax as qj
 from quantjax.formats import e4m3
 from quantjax.spec import Granularity
+from tests.daily import daily
 
 from .models import CASES, normal
 
@@ -102,12 +103,12 @@ ACTS = {
 OBSERVERS = [qj.absmax(), qj.minmax(), qj.ema(0.9), qj.percentile(99.9), qj.mse(steps=20)]
 
 
-@pytest.mark.parametrize(
-    "name, observer",
-    [*((name, qj.absmax()) for name in ACTS), *(("asymmetric", o) for o in OBSERVERS[1:])],
-    ids=repr,
-)
-def test_every_format_and_observer_stays_close(name, observer):
+PAIRS = [*((name, qj.absmax()) for name in ACTS), *(("asymmetric", o) for o in OBSERVERS[1:])]
+
+
+@pytest.mark.parametrize("pair", daily(PAIRS, PAIRS[1::2]), ids=repr)
+def test_every_format_and_observer_stays_close(pair):
+    name, observer = pair
     apply = lambda p, x: jnp.maximum(x, 0) @ p["kernel"]  # noqa: E731
     params = {"kernel": normal(64, 8)}
     batches = [normal(40, 64, seed=i) for i in range(3)]
@@ -122,7 +123,10 @@ def test_every_format_and_observer_stays_close(name, observer):
     assert jnp.linalg.norm(got - expected) <= most * jnp.linalg.norm(expected)
 
 
-def test_layers_of_a_scan_have_scales_of_their_own():
+@pytest.mark.parametrize(
+    "observer", daily([qj.ema(0.9), qj.percentile(99.9)], [qj.percentile(99.9)]), ids=repr
+)
+def test_layers_of_a_scan_have_scales_of_their_own(observer):
     layers = {str(i): {"kernel": w} for i, w in enumerate(STACK["kernel"])}
 
     def unrolled(p, x):
@@ -130,12 +134,11 @@ def test_layers_of_a_scan_have_scales_of_their_own():
             x = jnp.tanh(x @ p[str(i)]["kernel"])
         return x
 
-    for observer in (qj.ema(0.9), qj.percentile(99.9)):
-        q = qj.calibrate(scanned, STACK, BATCHES, "w8a8", observer=observer)
-        assert q["kernel"].act_scale.shape == (3,)
-        apart = qj.calibrate(unrolled, layers, BATCHES, "w8a8", observer=observer)
-        expected = [apart[str(i)]["kernel"].act_scale for i in range(3)]
-        np.testing.assert_allclose(q["kernel"].act_scale, expected, rtol=1e-5)
+    q = qj.calibrate(scanned, STACK, BATCHES, "w8a8", observer=observer)
+    assert q["kernel"].act_scale.shape == (3,)
+    apart = qj.calibrate(unrolled, layers, BATCHES, "w8a8", observer=observer)
+    expected = [apart[str(i)]["kernel"].act_scale for i in range(3)]
+    np.testing.assert_allclose(q["kernel"].act_scale, expected, rtol=1e-5)
     np.testing.assert_allclose(
         jax.jit(qj.intercept(scanned))(q, BATCHES[0]), unrolled(layers, BATCHES[0]), atol=0.1
     )
@@ -159,7 +162,7 @@ INDEXED = {
 }
 
 
-@pytest.mark.parametrize("name", INDEXED)
+@pytest.mark.parametrize("name", daily(INDEXED, ["one by one", "taken"]))
 def test_layers_taken_by_their_index_have_scales_of_their_own(name):
     q = qj.calibrate(INDEXED[name], STACK, BATCHES[:1], "w8a8", observer=qj.absmax())
     expected = qj.calibrate(scanned, STACK, BATCHES[:1], "w8a8", observer=qj.absmax())
@@ -211,7 +214,9 @@ def loop(kind):
     return lambda p, x: step(p, jax.jit(step)(p, jax.checkpoint(step)(p, x)))
 
 
-@pytest.mark.parametrize("kind", ["scan", "while", "condition", "calls"])
+@pytest.mark.parametrize(
+    "kind", daily(["scan", "while", "condition", "calls"], ["scan", "condition", "calls"])
+)
 def test_uses_in_turn_share_one_scale(kind):
     params = {"kernel": jnp.eye(6)}
     q = qj.calibrate(loop(kind), params, BATCHES, "w8a8", observer=qj.absmax())
@@ -248,7 +253,7 @@ MODELS = (
 )
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", daily(MODELS, ["linen decoder", "nnx CNN", "plain experts"]))
 def test_models_of_every_framework_get_a_scale_at_every_product(name):
     case = CASES[name]()
     q = qj.calibrate(case.apply, case.params, [case.x], "w8a8", observer=qj.absmax())
@@ -285,7 +290,7 @@ def test_a_tree_quantized_before_keeps_its_codes():
     np.testing.assert_allclose(again["a"]["kernel"].act_scale, largest / 127, rtol=1e-6)
 
 
-@pytest.mark.parametrize("observer", OBSERVERS[2:], ids=repr)  # ema, percentile, mse
+@pytest.mark.parametrize("observer", daily(OBSERVERS[2:], [OBSERVERS[-1]]), ids=repr)
 def test_going_on_from_a_saved_state_changes_no_bit(observer, tmp_path):
     def save(i, state):
         qj.save(tmp_path / f"{i}.safetensors", state)
@@ -325,7 +330,7 @@ def test_compiles_once_for_each_shape():
     assert traces == 1 + 2  # for the sites, and for two sizes
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("kind", daily([AxisType.Auto, AxisType.Explicit], [AxisType.Explicit]))
 def test_sharded_inputs_and_parameters(kind):
     mesh = jax.make_mesh((2, 2), ("data", "model"), (kind, kind), devices=jax.devices()[:4])
     put = lambda x, *axes: jax.device_put(x, NamedSharding(mesh, PartitionSpec(*axes)))  # noqa: E731

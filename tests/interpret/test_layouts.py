@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import quantjax as qj
 from quantjax.interpret import intercept
+from tests.daily import daily, dealt
 
 
 def normal(*shape: int, seed: int = 0) -> jax.Array:
@@ -48,8 +49,7 @@ SPECS = {
 }
 
 
-@pytest.mark.parametrize("preset", ["w8", "w4", "w8a8"])
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name, preset", dealt(SPECS, ["w8", "w4", "w8a8"]))
 def test_a_mesh_gives_what_one_device_gives(name, preset):
     """Kernels cut along outputs, inputs or both, the batch cut too. Where activations are rounded,
     sums of another order may round one code the other way, which shifts a result by a step."""
@@ -62,7 +62,7 @@ def test_a_mesh_gives_what_one_device_gives(name, preset):
     assert jnp.linalg.norm(got - expected) <= most * jnp.linalg.norm(expected)
 
 
-@pytest.mark.parametrize("name", ["outputs", "inputs", "whole"])
+@pytest.mark.parametrize("name", daily(["outputs", "inputs", "whole"], ["outputs", "inputs"]))
 def test_an_explicit_mesh_too(name):
     """Types of arrays carry their sharding there, and the model may ask for that of a product."""
     where = mesh(AxisType.Explicit)
@@ -129,7 +129,10 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+CORE = ("two axes", "odd bytes", "transposed", "merged", "unconstrained")
+
+
+@pytest.mark.parametrize("name", daily(LAYOUTS, CORE))
 def test_a_constraint_reaches_codes_and_scales(name):
     see, spec, codes, scales = LAYOUTS[name]
     sharding = NamedSharding(mesh(), spec)

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import quantjax as qj
 from quantjax.interpret import intercept, sites
+from tests.daily import daily
 
 from .models import CASES, Case
 
@@ -43,7 +44,16 @@ class Subject:
         return jax.jit(qj.dequantize)(self.quantized(policy))
 
 
-@pytest.fixture(params=CASES, scope="module")
+# Questions whose programs take long to compile are asked of a few models a day, of each framework
+# one, and the others of all.
+FEW = ("linen CNN", "linen decoder", "nnx CNN", "equinox MLP", "haiku LSTM", "plain experts")
+every_model, few_models = (
+    pytest.mark.parametrize("subject", models, indirect=True, scope="module")
+    for models in (CASES, daily(CASES, FEW))
+)
+
+
+@pytest.fixture(scope="module")
 def subject(request) -> Subject:
     return Subject(CASES[request.param]())
 
@@ -68,6 +78,7 @@ def equal_products(got: Any, expected: Any) -> None:
     np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-5 * max(scale, 1))
 
 
+@every_model
 def test_identity_is_bit_exact(subject):
     """Float parameters give what the function gives."""
     case = subject.case
@@ -83,12 +94,22 @@ def test_identity_is_bit_exact(subject):
 W4G4 = qj.Policy(otherwise=qj.QuantSpec(format=qj.IntFormat(4), group=4))
 
 
-@pytest.mark.parametrize("policy", ["w8", W4G4], ids=["w8", "w4g4"])
-def test_weights_alone_are_dequantize_then_apply(subject, policy):
+@every_model
+def test_weights_alone_are_dequantize_then_apply(subject):
+    weights_alone(subject, "w8")
+
+
+@few_models
+def test_groups_alone_are_dequantize_then_apply(subject):
+    weights_alone(subject, W4G4)
+
+
+def weights_alone(subject, policy):
     got = subject.run(subject.quantized(policy), subject.case.x)
     each(equal_products, got, subject.float_run(subject.dequantized(policy), subject.case.x))
 
 
+@few_models
 def test_activations_of_8_bits_are_close(subject):
     got = subject.run(subject.quantized("w8a8"), subject.case.x)
 
@@ -100,6 +121,7 @@ def test_activations_of_8_bits_are_close(subject):
     each(near, got, subject.float_run(subject.case.params, subject.case.x))
 
 
+@few_models
 def test_nan_and_infinity_pass_through(subject):
     x = subject.case.x
 
@@ -118,6 +140,7 @@ def test_nan_and_infinity_pass_through(subject):
         each(lost_nothing, subject.run(subject.quantized("w8a8"), wrong), expected)
 
 
+@few_models
 def test_highest_precision_keeps_floats(subject):
     case = subject.case
     with jax.default_matmul_precision("highest"):
@@ -125,6 +148,7 @@ def test_highest_precision_keeps_floats(subject):
     assert report.sites and not any(site.act for site in report.sites)
 
 
+@every_model
 def test_a_second_call_does_not_compile(subject):
     case, q = subject.case, subject.quantized("w8")
     subject.run(q, case.x)
@@ -133,6 +157,7 @@ def test_a_second_call_does_not_compile(subject):
     assert subject.traces == traces
 
 
+@few_models
 def test_vmap_and_scan_over_inputs_are_a_loop(subject):
     case, q = subject.case, subject.quantized("w8")
     xs = jnp.stack([case.x, case.x[::-1]])
@@ -147,6 +172,7 @@ def test_vmap_and_scan_over_inputs_are_a_loop(subject):
         each(lambda y, *one: equal_products(y, jnp.stack(one)), got, *loop)
 
 
+@few_models
 def test_gradients_of_inputs_and_float_leaves(subject):
     case, q = subject.case, subject.quantized("w8")
     leaves, structure = jax.tree.flatten(q, is_leaf=lambda a: isinstance(a, qj.QTensor))
@@ -176,6 +202,7 @@ def test_gradients_of_inputs_and_float_leaves(subject):
         assert bool(jnp.isfinite(a).all())
 
 
+@few_models
 def test_bfloat16_stays(subject):
     case = subject.case
 
@@ -189,6 +216,7 @@ def test_bfloat16_stays(subject):
         assert got == jax.eval_shape(case.apply, params, low(case.x))
 
 
+@few_models
 def test_sharded_parameters_give_the_same(subject):
     """Codes and scales cut along their last axis, the input along its first."""
     case, q = subject.case, subject.quantized("w8")
@@ -206,12 +234,14 @@ def test_sharded_parameters_give_the_same(subject):
     each(equal_products, got, subject.run(q, case.x))
 
 
+@every_model
 def test_strictly_nothing_becomes_float_before_its_product(subject):
     q, case = subject.quantized("w8"), subject.case
     report = intercept(case.apply, strict=True).report(q, case.x)
     assert not [r for r in report.remarks if r.path]
 
 
+@every_model
 def test_sites_are_those_of_abstract_parameters(subject):
     case, found = subject.case, subject.sites
     assert len({s.path for s in found}) == case.used
@@ -222,6 +252,7 @@ def test_sites_are_those_of_abstract_parameters(subject):
         assert sorted(axes) == list(range(len(s.param_shape)))
 
 
+@every_model
 def test_the_report_names_every_parameter(subject):
     case = subject.case
     report = intercept(case.apply).report(subject.quantized("w8"), case.x)

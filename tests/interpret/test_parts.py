@@ -11,6 +11,7 @@ from quantjax.formats import ExponentFormat
 from quantjax.interpret import intercept, sites
 from quantjax.interpret.param import param
 from quantjax.interpret.parts import backwards, cut, dynamic, neighbours, strided
+from tests.daily import daily
 
 
 def normal(*shape: int, seed: int = 0) -> jax.Array:
@@ -54,7 +55,10 @@ SPECS = {
 }
 
 
-@pytest.mark.parametrize("name", SPECS)
+CORE = ("packed", "groups of all axes", "asymmetric", "learned", "double")
+
+
+@pytest.mark.parametrize("name", daily(SPECS, CORE))
 def test_a_cut_of_the_codes_is_a_cut_of_the_values(name):
     how, refused = SPECS[name]
     q = qj.quantize(STACK, qj.Policy([("kernel", how)]))
@@ -92,7 +96,7 @@ LAYERS = {
 }
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", daily([8, 4], [4]))
 def test_a_layer_of_a_stack_is_that_layer(bits):
     """Whichever way it is taken it stays quantized, and its product is that of a scanned layer."""
 
@@ -122,7 +126,7 @@ def test_heads_cut_from_one_matrix():
     report = intercept(apply, strict=True).report(q, X)
     assert [s.contracting for s in report.sites] == [(0,)] * 4
     expected = apply(qj.dequantize(q), X)
-    got = intercept(apply)(q, X)
+    got = jax.jit(intercept(apply))(q, X)
     assert jnp.linalg.norm(got - expected) <= 0.03 * jnp.linalg.norm(expected)
 
 
@@ -136,4 +140,5 @@ def test_what_can_not_be_cut_becomes_float_and_is_reported(name):
     q = qj.quantize({"kernel": normal(8, 12)}, "w8")
     (remark,) = [r for r in intercept(apply).report(q, X).remarks if r.path]
     assert (remark.path, remark.primitive) == ("kernel", name)
-    np.testing.assert_allclose(intercept(apply)(q, X), apply(qj.dequantize(q), X), rtol=1e-5)
+    got, expected = jax.jit(intercept(apply))(q, X), apply(qj.dequantize(q), X)
+    np.testing.assert_allclose(got, expected, rtol=1e-5)

@@ -14,6 +14,7 @@ from quantjax.interpret.program import Leaf, Value, flatten, layer_of
 from quantjax.interpret.record import Record
 from quantjax.interpret.segments import cut
 from quantjax.paths import named_leaves
+from tests.daily import daily
 
 from . import models
 
@@ -47,7 +48,7 @@ def piece_by_piece(apply, tree, batch, label=own_kernel):
     return jax.tree.unflatten(program.structure, out), pieces
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", daily(CASES, ["linen CNN", "linen decoder", "plain control flow"]))
 def test_pieces_one_after_another_are_the_model(name):
     case = models.CASES[name]()
     got, pieces = piece_by_piece(case.apply, case.params, (case.x,))

@@ -8,6 +8,7 @@ import pytest
 from jax import lax
 
 import quantjax as qj
+from tests.daily import daily
 
 X = jnp.asarray(np.random.default_rng(3).normal(size=(5, 16)), jnp.float32)
 
@@ -59,7 +60,10 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("name", FORMS)
+CORE = ("transposed", "from heads", "experts", "layers", "convolution, outputs first")
+
+
+@pytest.mark.parametrize("name", daily(FORMS, CORE))
 def test_one_scale_for_each_output(name):
     apply, shape, channel, groups = FORMS[name]
     params = {"kernel": normal(*shape)}
@@ -68,19 +72,18 @@ def test_one_scale_for_each_output(name):
     q = qj.quantize(params, "w4", sites=qj.sites(apply, params, X))
     fake = qj.fake_quantize(params, "w4", sites=qj.sites(apply, params, X))
     np.testing.assert_array_equal(qj.dequantize(q)["kernel"], fake["kernel"])
-    np.testing.assert_allclose(
-        qj.intercept(apply)(q, X), apply(qj.dequantize(q), X), rtol=1e-5, atol=1e-5
-    )
+    got, expected = jax.jit(qj.intercept(apply))(q, X), apply(qj.dequantize(q), X)
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_every_dot_of_a_transformer_becomes_a_product_of_integers():
     model = nn.MultiHeadDotProductAttention(num_heads=4)
-    params = model.init(jax.random.key(0), X[None], X[None])
+    params = jax.jit(model.init)(jax.random.key(0), X[None], X[None])
     found = qj.sites(model.apply, params, X[None], X[None])
     for sites, most in ((found, 0.035), ((), 0.05)):
         q = qj.quantize(params, "w8a8", sites=sites)
-        y = qj.intercept(model.apply)(q, X[None], X[None])
-        expected = model.apply(params, X[None], X[None])
+        y = jax.jit(qj.intercept(model.apply))(q, X[None], X[None])
+        expected = jax.jit(model.apply)(params, X[None], X[None])
         assert jnp.linalg.norm(y - expected) <= most * jnp.linalg.norm(expected)
     tied = lambda p, x: x @ p["embedding"].T + p["embedding"][0].sum()  # noqa: E731
     params = {"embedding": normal(7, 16)}

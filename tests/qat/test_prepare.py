@@ -17,6 +17,7 @@ from quantjax import formats
 from quantjax.interpret import intercept
 from quantjax.qat import FakeQuantized, finalize, guard, prepare
 from quantjax.spec import Granularity, QuantSpec
+from tests.daily import daily, dealt
 
 INT4, INT8 = qj.IntFormat(4), qj.IntFormat(8)
 
@@ -56,8 +57,11 @@ def same(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-@pytest.mark.parametrize("name", SPECS)
-@pytest.mark.parametrize("dtype", [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.full)])
+CORE = ("int4 mse", "unsigned", "groups", "nvfp4", "codebook", "stochastic")
+
+
+@pytest.mark.parametrize("name", daily(SPECS, CORE))
+@pytest.mark.parametrize("dtype", daily([jnp.float32, jnp.bfloat16], [jnp.float32]))
 def test_training_sees_what_is_stored(name, dtype, key):
     """The forward pass is that of fake_quantize, and finalize stores its weights, bit for bit."""
     policy = qj.Policy([("*/kernel", SPECS[name])])
@@ -82,7 +86,7 @@ def test_inside_a_compiled_loss_too():
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
         jax.jit(grad)(PARAMS),
-        by_hand(PARAMS),
+        jax.jit(by_hand)(PARAMS),
     )
 
 
@@ -132,9 +136,10 @@ def test_a_static_activation_that_is_clipped_has_no_gradient():
     assert 10 < (~inside).sum() < 100
     w_hat = np.asarray(qj.dequantize(q))
     expected = np.where(inside, w_hat.sum(1)[None], 0)
-    np.testing.assert_allclose(jax.grad(loss)(x), expected, rtol=1e-5, atol=1e-6)
+    value, slope = jax.jit(jax.value_and_grad(loss))(x)
+    np.testing.assert_allclose(slope, expected, rtol=1e-5, atol=1e-6)
     x_hat = (np.clip(codes, 0, 15) - 6) * 0.15
-    np.testing.assert_allclose(loss(x), (x_hat @ w_hat).sum(), rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(value, (x_hat @ w_hat).sum(), rtol=1e-5, atol=1e-4)
     stored = finalize(prepare({"k": w}, like={"k": q}))["k"]
     assert stored.act_zero_point.dtype == jnp.uint8
     same(stored, q)
@@ -149,10 +154,10 @@ def test_the_rest_of_the_network_has_its_own_gradient():
         run = lambda t, x: jnp.sum(jnp.tanh(x @ t["a"] + bias) @ t["b"])  # noqa: E731
         return intercept(run)(tree, x)
 
-    check_grads(loss, (normal(4, seed=7),), order=1, modes=["rev"], rtol=1e-2)
+    check_grads(jax.jit(loss), (normal(4, seed=7),), order=1, modes=["rev"], rtol=1e-2)
 
 
-@pytest.mark.parametrize("act", ["a8", "a4", "static", "fp8"])
+@pytest.mark.parametrize("act", daily(["a8", "a4", "static", "fp8"], ["a4", "fp8"]))
 def test_integer_inference_agrees_with_the_training_forward(act):
     """Both round alike; integers sum exactly, floats with an error of at most n + 4 roundings of
     sum |x_hat| |w_hat| (the products, and three scales)."""
@@ -183,7 +188,7 @@ def test_static_scales_of_calibrate_are_trained_through():
     tree = prepare(PARAMS, like=like)
     same(tree["a"]["kernel"].act_scale, like["a"]["kernel"].act_scale)
     same(finalize(tree), like)
-    trained, served = intercept(mlp)(tree, X), intercept(mlp)(like, X)
+    trained, served = (jax.jit(intercept(mlp))(t, X) for t in (tree, like))
     # A hidden activation at a half may fall to either side: a step, times one row of w.
     step = float(like["b"]["kernel"].act_scale * jnp.abs(PARAMS["b"]["kernel"]).max())
     np.testing.assert_allclose(trained, served, atol=1.01 * step)
@@ -205,8 +210,9 @@ def unrolled(p, x):
     return x
 
 
-@pytest.mark.parametrize("apply", [stacked, remat, unrolled])
-@pytest.mark.parametrize("kind", ["layers", "one scale", "static"])
+@pytest.mark.parametrize(
+    "apply, kind", dealt([stacked, remat, unrolled], ["layers", "one scale", "static"])
+)
 def test_layers(apply, kind):
     """Layers of a scan, with scales of their own or one for all, are those of three matrices."""
     params = {"kernel": normal(3, 6, 6), "bias": normal(3, 6, seed=1)}
@@ -238,21 +244,21 @@ def test_layers(apply, kind):
 
     run = lambda p, x: intercept(apply)(prepare(p, like=like), x)  # noqa: E731
     got = jax.jit(jax.value_and_grad(loss(run)))(params, X)
-    expected = jax.value_and_grad(loss(by_hand))(params, X)
+    expected = jax.jit(jax.value_and_grad(loss(by_hand)))(params, X)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, expected)
     site = intercept(apply).report(prepare(params, like=like), X).sites[0]
     assert (site.lowering, site.format, site.layers) == ("float, fake-quantized", "int4", 1)
 
 
 def test_vmap_over_trees_and_inputs():
-    run = lambda p, x: intercept(mlp)(prepare(p, "w5a8"), x)  # noqa: E731
+    run = jax.jit(lambda p, x: intercept(mlp)(prepare(p, "w5a8"), x))
     trees = [jax.tree.map(lambda w, s=s: s * w, PARAMS) for s in (1.0, 3.0)]
     many = jax.tree.map(lambda *a: jnp.stack(a), *trees)
     expected = jnp.stack([run(t, X) for t in trees])
     np.testing.assert_allclose(jax.vmap(run, (0, None))(many, X), expected, rtol=1e-5, atol=1e-6)
-    leaves = jax.vmap(lambda p: prepare(p, "w5a8"))(many)
+    leaves = jax.jit(jax.vmap(lambda p: prepare(p, "w5a8")))(many)
     assert leaves["a"]["kernel"].shape == (2, 6, 8)
-    got = jax.vmap(intercept(mlp), (0, None))(leaves, X)
+    got = jax.jit(jax.vmap(intercept(mlp), (0, None)))(leaves, X)
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
     each = jax.vmap(lambda x: run(PARAMS, x[None])[0])(X)
     np.testing.assert_allclose(each, run(PARAMS, X), rtol=1e-5, atol=1e-6)
@@ -268,7 +274,7 @@ class Net(nn.Module):
 
 def test_a_linen_model_and_what_the_report_says_of_it():
     tokens = jnp.array([[1, 5, 2, 10]])
-    params = Net().init(jax.random.key(0), tokens)
+    params = jax.jit(Net().init)(jax.random.key(0), tokens)
     tree = prepare(params, "w5a8", sites=qj.sites(Net().apply, params, tokens))
     with pytest.raises(TypeError, match=r"FakeQuantized\(int5.* is no array. Run .*intercept"):
         Net().apply(tree, tokens)
