@@ -36,7 +36,8 @@ def quantile(
     the k-th and the next smallest for k = floor(q (n - 1)). Elements that are not `valid` are
     left out; where none is left the result means nothing.
 
-    >>> quantile(jnp.array([[1.0, 2.0, 4.0], [3.0, 3.0, -3.0]]), 0.75, (1,)).tolist()
+    >>> x = jnp.array([[1.0, 2.0, 4.0], [3.0, 3.0, -3.0]])
+    >>> jax.jit(quantile, static_argnums=(1, 2))(x, 0.75, (1,)).tolist()
     [3.0, 3.0]
     """
     values = _ordered(x.astype(jnp.float32))

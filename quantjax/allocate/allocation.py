@@ -77,7 +77,7 @@ def allocate_bits(
     >>> apply = lambda p, x: jax.nn.relu(x @ p["u"]) @ p["v"]
     >>> params = {n: jax.random.normal(jax.random.key(i), (32, 32)) for i, n in enumerate("uv")}
     >>> batches = list(jax.random.normal(jax.random.key(2), (8, 4, 32)))
-    >>> report = qj.sensitivity(apply, params, batches, ["w4", "w8"])
+    >>> report = qj.sensitivity(apply, params, batches, ["w4", "w8"], products=0)
     >>> found = qj.allocate_bits(report, 2000)  # bytes; all in w4 take 1280, in w8 2304
     >>> sorted(found.formats.values()), found.cost
     (['w4', 'w8'], 1792.0)

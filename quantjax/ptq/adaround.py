@@ -73,7 +73,8 @@ def adaround_matrix(
 
     >>> from quantjax.formats import IntFormat
     >>> w, h = jnp.array([[0.4, 0.4, 0.4]]), jnp.ones((3, 3)) + 0.01 * jnp.eye(3)  # x1 = x2 = x3
-    >>> adaround_matrix(w, h, Cells(jnp.ones((1, 1))), IntFormat(4)).sum()  # not 0: 1.2 was meant
+    >>> solved = jax.jit(adaround_matrix, static_argnames="format")
+    >>> solved(w, h, Cells(jnp.ones((1, 1))), format=IntFormat(4)).sum()  # not 0: 1.2 was meant
     Array(1., dtype=float32)
     """
     cells = each_cell(lambda x: jnp.broadcast_to(x, w_OI.shape), cells)

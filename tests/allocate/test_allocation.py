@@ -1,5 +1,6 @@
 """Allocations are held against all policies, and their predictions against evaluations."""
 
+import functools
 import itertools
 
 import jax
@@ -20,10 +21,10 @@ MODES.remove((Mode.HESSIAN, True))
 
 @pytest.fixture(scope="module")
 def reports():
-    return {
-        mode: qj.sensitivity(apply, mlp(), inputs(), FORMATS, mode=mode, products=0)
-        for mode in Mode
-    }
+    """A report by its mode, made when it is asked for."""
+    return functools.cache(
+        lambda mode: qj.sensitivity(apply, mlp(), inputs(), FORMATS, mode=mode, products=0)
+    )
 
 
 def tree_bytes(tree):
@@ -40,9 +41,12 @@ def budgets(report, cost=stored_bytes):
     return [low, *(low + share * (high - low) for share in (0.1, 0.3, 0.6)), high]
 
 
-@pytest.mark.parametrize("mode, pairs", MODES)
-def test_no_policy_is_predicted_better(reports, mode, pairs):
-    report = reports[mode]
+@pytest.mark.parametrize(
+    "case", daily(MODES, [(Mode.FISHER, True), (Mode.FISHER, False), (Mode.HESSIAN, False)])
+)
+def test_no_policy_is_predicted_better(reports, case):
+    mode, pairs = case
+    report = reports(mode)
     paths = list(dict.fromkeys(o.path for o in report.options))
     cost = {(o.path, o.format): o.bytes for o in report.options}
     for budget in budgets(report):
@@ -60,7 +64,7 @@ def test_no_policy_is_predicted_better(reports, mode, pairs):
 
 
 def test_the_policy_costs_what_was_said(reports):
-    report = reports[Mode.FISHER]
+    report = reports(Mode.FISHER)
     for budget in budgets(report):
         found = qj.allocate_bits(report, budget)
         assert tree_bytes(qj.quantize(mlp(), found.policy)) == found.cost <= budget
@@ -79,7 +83,7 @@ def test_the_policy_gives_the_numbers_that_were_measured():
     np.testing.assert_allclose(loss, found.loss, rtol=1e-3)
 
 
-@pytest.mark.parametrize("seed", daily(range(5), [0, 1]))
+@pytest.mark.parametrize("seed", daily(range(5), [0]))
 def test_predictions_follow_what_is_measured(seed):
     params, batches = mlp(seed), inputs(seed, batches=8, examples=32)
     report = qj.sensitivity(
@@ -99,7 +103,7 @@ def test_predictions_follow_what_is_measured(seed):
 
 
 def test_tied_parameters_share_a_format(reports):
-    report = reports[Mode.FISHER]
+    report = reports(Mode.FISHER)
     different = 0
     for budget in budgets(report)[1:-1]:
         tied = qj.allocate_bits(report, budget, tie=["dense?/kernel"])
@@ -126,7 +130,7 @@ def test_layers_of_a_scan_share_a_format_and_meet_each_other():
 
 
 def test_operations_and_tables_are_costs(reports):
-    report = reports[Mode.FISHER]
+    report = reports(Mode.FISHER)
     low, *_, high = budgets(report, operations)
     found = qj.allocate_bits(report, (low + high) / 2, cost=operations)
     # 16 examples: multiply-adds times bits.
@@ -143,7 +147,7 @@ def test_operations_and_tables_are_costs(reports):
 
 
 def test_bad_budgets_and_patterns_raise(reports):
-    report = reports[Mode.FISHER]
+    report = reports(Mode.FISHER)
     low, *_, high = budgets(report)
     for budget in (low - 1, high + 1):
         with pytest.raises(ValueError, match=rf"between {low:,g},.*and {high:,g},"):
@@ -151,4 +155,4 @@ def test_bad_budgets_and_patterns_raise(reports):
     with pytest.raises(ValueError, match="tie pattern 'dens/.*Nearest: 'dense[012]/kernel'"):
         qj.allocate_bits(report, low, tie=["dens/kernel"])
     with pytest.raises(ValueError, match="gives no pairs"):
-        qj.allocate_bits(reports[Mode.HESSIAN], low, pairs=True)
+        qj.allocate_bits(reports(Mode.HESSIAN), low, pairs=True)

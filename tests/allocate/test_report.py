@@ -13,6 +13,7 @@ import quantjax as qj
 from quantjax.allocate import Mode
 from quantjax.allocate.figures import bars, curves, heat
 from quantjax.allocate.weights import facts, rounded
+from tests.daily import daily
 
 from .networks import apply, inputs, mlp
 
@@ -77,10 +78,8 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize(
-    "seed", [0, *(pytest.param(s, marks=pytest.mark.full) for s in range(1, 5))]
-)
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("seed", daily(range(5), [0]))
+@pytest.mark.parametrize("fault", daily(FAULTS, [outliers, dead, None]))
 def test_a_bad_layer_is_first_and_its_fault_is_named(fault, seed):
     rng = np.random.default_rng(50 + seed)
     params, bad = residual(seed), f"block{seed % BLOCKS}"
@@ -167,7 +166,7 @@ class Checker(HTMLParser):
         assert self.open.pop() == tag
 
 
-@pytest.mark.parametrize("mode", list(Mode))
+@pytest.mark.parametrize("mode", daily(Mode, [Mode.FISHER]))
 def test_text_json_and_page(mode):
     params = mlp()
     params["<odd> & name"] = params.pop("dense1")
@@ -207,6 +206,6 @@ def test_figures_of_extreme_numbers_are_finite():
 
 
 def test_an_unknown_format_raises():
-    report = qj.sensitivity(apply, mlp(), inputs(), ["w4"], products=0)
+    report = qj.sensitivity(apply, mlp(), inputs(), ["w8"], mode=Mode.HESSIAN, products=0)
     with pytest.raises(ValueError, match="'w5' is none of"):
         report.ranking("w5")

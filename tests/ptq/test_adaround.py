@@ -23,6 +23,7 @@ from quantjax.ptq.soft_rounding import (
     start_at,
 )
 from quantjax.spec import QuantSpec
+from tests.daily import daily
 
 SEEDS = range(5)
 FORM = MatrixForm((), (0,), (1,))
@@ -42,9 +43,7 @@ SPECS: dict[str, dict[str, Any]] = {
     "nvfp4": dict(format=formats.e2m1, scale_format=formats.e4m3, block=(1, 4)),
 }
 CORE = ("int4", "int2 half", "kmeans3")
-each_format = pytest.mark.parametrize(
-    "name", [pytest.param(f, marks=[] if f in CORE else pytest.mark.full) for f in SPECS]
-)
+each_format = pytest.mark.parametrize("name", daily(SPECS, CORE))
 
 solved = jax.jit(adaround_matrix, static_argnames=("format", "anneal"))
 descent = jax.jit(descended, static_argnames="format")
@@ -86,7 +85,7 @@ def best_rounding(w: jax.Array, h: jax.Array, cells: Cells, format: Format) -> n
     )
 
 
-@pytest.mark.parametrize("name", ["int4", "int2 half"])
+@pytest.mark.parametrize("name", daily(["int4", "int2 half"], ["int2 half"]))
 def test_is_close_to_the_best_of_all_roundings(name: str) -> None:
     """Within 10 % on five seeds together, and on each below rounding to nearest; descent over all
     levels may even go below the best choice between neighbours."""

@@ -18,6 +18,7 @@ from quantjax.interpret.scaling import solve
 from quantjax.paths import named_leaves
 from quantjax.ptq import fold_batch_norm
 from quantjax.ptq.batch_norm import fold
+from tests.daily import daily
 from tests.interpret.models import CASES
 
 KEY = jax.random.key(0)
@@ -131,7 +132,10 @@ MODELS = {
 }
 
 
-@pytest.fixture(scope="module", params=MODELS)
+FULL_ONLY = ("resnet", "by hand, turned")
+
+
+@pytest.fixture(scope="module", params=daily(MODELS, set(MODELS) - set(FULL_ONLY)))
 def folded(request):
     make, count = MODELS[request.param]
     apply, params, x = make()

@@ -87,11 +87,11 @@ def test_a_bias_that_is_used_twice_is_left() -> None:
     params = {n: jnp.asarray(rng.normal(size=(4, 4)), jnp.float32) for n in "ab"}
     params["bias"] = jnp.ones(4)
     policy = qj.Policy([("a", "w3"), ("b", "w3")])
-    method = ptq.chain(ptq.adaround(policy, steps=2), ptq.bias_correction())
-    x = [jax.random.normal(jax.random.key(0), (8, 4))]
+    x = jnp.asarray(rng.normal(size=(8, 4)), jnp.float32)
+    run = ptq.Run(twice, [(x,)], params, qj.quantize(params, policy))
     with pytest.warns(UserWarning, match="^a, b: no bias"):
-        q = qj.calibrate(twice, params, x, method)
-    np.testing.assert_array_equal(q["bias"], params["bias"])
+        run = ptq.bias_correction()(run)
+    np.testing.assert_array_equal(run.tree["bias"], params["bias"])
 
 
 def test_without_a_quantized_parameter_it_says_so() -> None:

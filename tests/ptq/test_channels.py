@@ -83,7 +83,7 @@ def slow_search(w_IO: np.ndarray, x: np.ndarray, group: int, points: int = 20) -
     return best
 
 
-@pytest.mark.parametrize("group", [8, 32])
+@pytest.mark.parametrize("group", daily([8, 32], [8]))
 def test_the_search_of_awq_is_that_of_its_definition(group):
     w, x = kernel(0), inputs(0, 32, large=1)
     spec = QuantSpec(format=IntFormat(4), block=(group, 1))
@@ -95,7 +95,7 @@ def test_the_search_of_awq_is_that_of_its_definition(group):
     np.testing.assert_allclose(error(v, w, x), lost, rtol=1e-2)  # codes on a tie may differ
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", daily(SEEDS, [0]))
 def test_awq_helps_where_an_input_channel_is_large(seed):
     """Against rounding with the range of largest magnitude, and with the range of least error."""
     w, x = kernel(seed), inputs(seed, 32, large=1)
@@ -158,7 +158,7 @@ def test_channels_that_were_never_seen_keep_their_weights():
     assert bool(jnp.isfinite(zero).all()) and float(zero.min()) > 0
 
 
-@pytest.mark.parametrize("seed", daily(SEEDS, [0, 1]))
+@pytest.mark.parametrize("seed", daily(SEEDS, [0]))
 def test_smoothquant_makes_8_bit_activations_better(seed):
     """With outliers in a few channels of the activation, run in integers: static and dynamic."""
     w, x = kernel(seed), inputs(seed, 32, large=2, by=50)
@@ -194,7 +194,7 @@ def test_smoothing_needs_activations():
         ptq.awq("w4", points=0)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", daily(SEEDS, [0]))
 def test_a_low_rank_term_takes_error_back(seed):
     """Below rounding alone, and, as inputs are correlated, below the plain SVD of the error."""
     w, x = kernel(seed), inputs(seed, 32, large=3, by=5)

@@ -16,7 +16,7 @@ import pytest
 import quantjax as qj
 from quantjax import formats, ptq
 from quantjax.formats import Codebook, ExponentFormat, IntFormat, Levels
-from tests.daily import daily
+from tests.daily import daily, dealt
 
 METHODS: dict[str, Callable[[Any], Any]] = {
     "rtn": ptq.rtn,
@@ -166,23 +166,21 @@ def test_odd_weights_are_finite(name):
 
 BATCHES = {
     "one sample": inputs(1, 12),
-    "constant features": jnp.ones((8, 12)),
+    "constant features": jnp.ones((16, 12)),
     "one input never seen": inputs(16, 12).at[:, 3].set(0),
     "tiny": inputs(16, 12) * 1e-18,
     "huge": inputs(16, 12) * 1e17,
 }
 
 
-@each_method
-@pytest.mark.parametrize("case", BATCHES)
+@pytest.mark.parametrize("name, case", dealt(METHODS, BATCHES))
 def test_odd_activations_are_finite(name, case):
     got = run(name, dense, DENSE, [BATCHES[case]])
     for leaf in values(got):
         assert np.isfinite(leaf).all()
 
 
-@each_method
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("name, bad", dealt(METHODS, [np.nan, np.inf]))
 def test_activations_that_are_not_finite_are_named(name, bad):
     if name == "hqq":
         pytest.skip("looks at no activation")
@@ -264,7 +262,7 @@ def test_groups_of_a_convolution_are_as_each_alone(name):
         near(qj.dequantize(got)["kernel"][..., 3 * g : 3 * g + 3], qj.dequantize(alone)["kernel"])
 
 
-@each_method
+@most_used
 def test_leaves_that_no_rule_matches_are_untouched(name):
     params = {"a": DENSE["a"], "b": {"kernel": normal(6, 2)}}
 

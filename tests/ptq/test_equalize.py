@@ -8,6 +8,7 @@ import pytest
 import quantjax as qj
 from quantjax.ptq import chain, equalize, fold_batch_norm
 from quantjax.ptq.equalize import equalized
+from tests.daily import daily
 
 from .test_batch_norm import MODELS, images, linen
 from .test_batch_norm import Separable as Net
@@ -52,7 +53,7 @@ def test_one_pair_is_the_closed_form():
     np.testing.assert_allclose(new["b"], b * s[:, None], rtol=2e-6)
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", daily(range(5), [0, 1]))
 def test_one_scale_a_matrix_rounds_better_after(seed):
     """The paper's purpose: scales per tensor on channels of unequal ranges."""
     p, x = weights(seed), images(64, 8, seed=seed + 10)

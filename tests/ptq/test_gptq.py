@@ -35,7 +35,7 @@ FORMATS: dict[str, dict[str, Any]] = {
 }
 BLOCKS = {"channel": (1, None), "tensor": (None, None), "group": (1, 8), "tile": (5, 7)}
 
-# Each format daily with one way to share scales; the rest of the product in the full run.
+# Half of the formats daily, each with one way to share scales; all of the product in the full run.
 CELLS = [
     pytest.param(f, b, id=f"{f}-{b}", marks=[] if (i + 2 * k) % 8 == 0 else pytest.mark.full)
     for i, f in enumerate(FORMATS)

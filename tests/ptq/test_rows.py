@@ -9,6 +9,7 @@ from jax import lax
 import quantjax as qj
 from quantjax.interpret.rows import Rows, rows_of
 from quantjax.ptq.moments import add_rows, no_moments
+from tests.daily import daily
 
 
 def normal(*shape, seed=0):
@@ -76,7 +77,10 @@ def moments_of(name):
     return found["problem"], outputs(product(w, x))
 
 
-@pytest.mark.parametrize("name", PRODUCTS)
+FULL_ONLY = {"weight first", "heads", "convolution"}
+
+
+@pytest.mark.parametrize("name", daily(PRODUCTS, set(PRODUCTS) - FULL_ONLY))
 def test_moments_give_the_energy_of_the_output(name):
     """sum over outputs of E[y^2] = tr(w H w'), and E[y] = w E[x], for each matrix."""
     problem, y_BTO = moments_of(name)
