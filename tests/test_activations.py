@@ -12,6 +12,7 @@ from experiments import activations
 from experiments.data import Dataset
 from experiments.post_training import Judge
 from experiments.tables import activations_markdown
+from tests.daily import daily
 
 
 class Network(nn.Module):
@@ -38,7 +39,14 @@ def trained(tmp_path_factory):
     return judge, jax.jit(Network().init)(jax.random.key(0), data.normalize(images[:1]))
 
 
-@pytest.mark.parametrize("row", activations.ROWS, ids=", ".join)
+# Weights alone, and each kind of activation once.
+CORE = [
+    *[("w8", "float32"), ("w8a8", "dynamic"), ("w8a4", "static, asymmetric")],
+    *[("w4a8", "static"), ("fp8", "static")],
+]
+
+
+@pytest.mark.parametrize("row", daily(activations.ROWS, CORE), ids=", ".join)
 def test_every_row_runs_and_is_near_the_float_network(trained, row):
     judge, params = trained
     seed = 0 if "static" in row[1] else None

@@ -23,6 +23,7 @@ from quantjax.formats import (
 )
 from quantjax.kmeans import fit_levels
 from quantjax.spec import QuantSpec
+from tests.daily import dealt
 
 ALL_INTS = [
     IntFormat(bits, signed, levels)
@@ -248,8 +249,7 @@ def lloyd(v: np.ndarray, w: np.ndarray, levels: np.ndarray) -> tuple[np.ndarray,
     return levels, float((w * (v - levels[near]) ** 2).sum())
 
 
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("bits", [1, 3])
+@pytest.mark.parametrize("bits, weighted", dealt([1, 3], [False, True]))
 def test_kmeans_is_as_good_as_a_slow_lloyd(bits, weighted):
     rng = np.random.default_rng(bits)
     v = rng.normal(size=3000)
@@ -310,8 +310,7 @@ def mx_exponent(m: float, fmt: FloatFormat, rule: ScaleRule) -> int:
     return floor_log2(exact) - floor_log2(top)
 
 
-@pytest.mark.parametrize("rule", ScaleRule)
-@pytest.mark.parametrize("name", ["e2m1", "e4m3", "e5m2", "e3m2", "e2m3"])
+@pytest.mark.parametrize("name, rule", dealt(["e2m1", "e4m3", "e5m2", "e3m2", "e2m3"], ScaleRule))
 def test_mx_scales_follow_the_rules(name, rule):
     fmt = FLOATS[name][0]
     rng = np.random.default_rng(0)

@@ -20,6 +20,7 @@ from experiments.checkpoint import describe
 from experiments.language_model import DecoderConfig, forward, initialize, rotate
 from experiments.memory import with_peak
 from experiments.rows import NotApplicable, Rows
+from tests.daily import daily
 
 TINY = DecoderConfig(vocabulary=64, layers=1, width=32, heads=4, key_value_heads=2, hidden=48)
 run = jax.jit(forward, static_argnums=0)
@@ -267,7 +268,7 @@ def test_divergence_is_that_of_the_definition(judge, params):
     assert judge.scores(tree)["kl"] == pytest.approx(expected, rel=1e-3)  # float32 sums cancel
 
 
-@pytest.mark.parametrize("format", ["w3g64", "w4a8"])
+@pytest.mark.parametrize("format", daily(["w3g64", "w4a8"], ["w4a8"]))
 def test_a_row_says_what_a_method_costs_and_gives(judge, params, format):
     config = dataclasses.replace(TINY)
     problem = ptq.Problem(config, judge.apply, params, format, [jnp.asarray(judge.inputs)])

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from experiments.models import ArticleCNN, average_pool, initialize, training_apply
+from tests.daily import daily
 
 
 @pytest.mark.parametrize("side, channels, features", [(28, 1, 2304), (32, 3, 3136), (8, 1, 64)])
@@ -31,8 +32,9 @@ def test_the_seed_draws_the_parameters():
     assert np.any(a != c)
 
 
-@pytest.mark.parametrize("h, w", [(4, 4), (8, 12), (7, 9), (5, 11)])
-def test_average_pool_drops_what_does_not_fill_a_window(h, w):
+@pytest.mark.parametrize("size", daily([(4, 4), (8, 12), (7, 9), (5, 11)], [(8, 12), (7, 9)]))
+def test_average_pool_drops_what_does_not_fill_a_window(size):
+    h, w = size
     x = np.random.default_rng(0).normal(size=(2, h, w, 3)).astype(np.float32)
     expected = np.zeros((2, h // 4, w // 4, 3))
     for i in range(h // 4):
@@ -57,7 +59,7 @@ def normalized():
 def test_training_moves_the_running_statistics_towards_the_batch(normalized):
     model, variables = normalized
     x = jax.random.normal(jax.random.key(1), (16, 8, 8, 1))
-    _, updates = training_apply(model)(variables, x)
+    _, updates = jax.jit(training_apply(model))(variables, x)
     convolved = jax.lax.conv_general_dilated(
         x,
         variables["params"]["conv1"]["kernel"],
@@ -75,11 +77,10 @@ def test_evaluation_of_one_image_does_not_depend_on_the_others(normalized):
     model, variables = normalized
     x = jax.random.normal(jax.random.key(1), (4, 8, 8, 1))
     other = x.at[1:].multiply(3.0)
-    a, b = model.apply(variables, x), model.apply(variables, other)
+    evaluated, trained = jax.jit(model.apply), jax.jit(training_apply(model))
+    a, b = evaluated(variables, x), evaluated(variables, other)
     np.testing.assert_array_equal(a[0], b[0])
-    assert np.any(
-        training_apply(model)(variables, x)[0][0] != training_apply(model)(variables, other)[0][0]
-    )
+    assert np.any(trained(variables, x)[0][0] != trained(variables, other)[0][0])
 
 
 def test_without_batch_normalization_training_updates_nothing():

@@ -16,6 +16,7 @@ from quantjax.formats import IntFormat, Levels
 from quantjax.observers import Grid, observe
 from quantjax.scales import HUGE, TINY, scale_of_range
 from quantjax.spec import QuantSpec
+from tests.daily import daily, dealt
 
 INT8 = Grid(IntFormat(8), symmetric=True)
 ASYMMETRIC = Grid(IntFormat(8), symmetric=False)
@@ -61,7 +62,9 @@ def blocks_of(x: np.ndarray, block: tuple[int, int]):
             yield (i // rows, j // columns), x[i : i + rows, j : j + columns]
 
 
-@pytest.mark.parametrize("block", [(None, 1), (None, None), (4, 1), (5, 3), (1, 1)])
+@pytest.mark.parametrize(
+    "block", daily([(None, 1), (None, None), (4, 1), (5, 3), (1, 1)], [(None, None), (5, 3)])
+)
 def test_ranges_are_those_of_each_block(block):
     x = normal((10, 7)) + 0.5
     got = {name: ranges(OBSERVERS[name], x, block, ASYMMETRIC) for name in ("absmax", "minmax")}
@@ -80,8 +83,7 @@ def test_ranges_are_those_of_each_block(block):
         np.testing.assert_allclose([q_asymmetric[0][at], q_asymmetric[1][at]], low_high, **close)
 
 
-@pytest.mark.parametrize("name", OBSERVERS)
-@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("name, symmetric", dealt(OBSERVERS, [True, False]))
 def test_the_padding_of_a_short_block_does_not_count(name, symmetric):
     """A short last block has the range that it has on its own, whatever stands at its edge."""
     x = normal((10, 7))
@@ -144,21 +146,21 @@ def test_mse_over_batches_minimises_the_sum_of_their_errors():
     assert got <= min(errors) * (1 + 1e-5)  # 1e-5: float32 sums of 768 terms
 
 
-def test_state_can_be_jitted_and_folded():
+@pytest.mark.parametrize("name", daily(OBSERVERS, ["minmax", "ema", "percentile", "mse p"]))
+def test_state_can_be_jitted_and_folded(name):
     """The state is a pytree, and one batch equals a single observation."""
-    for name, observer in OBSERVERS.items():
-        x = split(jnp.asarray(normal((6, 5))), (None, 1))
+    observer, x = OBSERVERS[name], split(jnp.asarray(normal((6, 5))), (None, 1))
 
-        @jax.jit
-        def update(state, values, observer=observer, x=x):
-            return observer.update(state, x._replace(values=values), INT8)
+    @jax.jit
+    def update(state, values):
+        return observer.update(state, x._replace(values=values), INT8)
 
-        state = update(update(observer.init(INT8), x.values), x.values)
-        low, high = observer.finalize(state)
-        once = observer.finalize(observer.update(observer.init(INT8), x, INT8))
-        # The same batch twice is the same range; averages round once.
-        np.testing.assert_allclose(high, once[1], rtol=2e-7, err_msg=name)
-        assert low.shape == (1, 5)
+    state = update(update(observer.init(INT8), x.values), x.values)
+    low, high = observer.finalize(state)
+    once = observer.finalize(observer.update(observer.init(INT8), x, INT8))
+    # The same batch twice is the same range; averages round once.
+    np.testing.assert_allclose(high, once[1], rtol=2e-7)
+    assert low.shape == (1, 5)
 
 
 # The squared-error search.
@@ -174,7 +176,7 @@ def squared_error(x, scale, fmt: IntFormat, weights=1.0) -> float:
 FORMATS = [IntFormat(b, levels=v) for b in (2, 4) for v in Levels]
 
 
-@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+@pytest.mark.parametrize("fmt", daily(FORMATS, FORMATS[::2]), ids=str)
 def test_mse_finds_the_best_step_of_a_fine_brute_force(fmt):
     x = normal((400, 3), 7)
     w = np.exp(normal((400, 3), 8))
@@ -203,7 +205,7 @@ UNIFORM = {
 }
 
 
-@pytest.mark.parametrize("bits", UNIFORM)
+@pytest.mark.parametrize("bits", daily(UNIFORM, [3]))
 def test_mse_reaches_the_optimum_of_the_normal_distribution(bits):
     from statistics import NormalDist
 
@@ -229,7 +231,9 @@ MSE_SPECS = [
 ]
 
 
-@pytest.mark.parametrize("fields", MSE_SPECS, ids=lambda f: str(f["format"]))
+@pytest.mark.parametrize(
+    "fields", daily(MSE_SPECS, MSE_SPECS[1::2]), ids=lambda f: str(f["format"])
+)
 @settings(max_examples=6)
 @given(seed=st.integers(0, 2**16), power=st.sampled_from([1.0, 3.0]))
 def test_mse_is_never_worse_than_absmax(fields, seed, power):

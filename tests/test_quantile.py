@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quantjax.quantile import quantile
+from tests.daily import daily
 
 FLOATS = st.floats(-(2.0**100), 2.0**100, width=32, allow_subnormal=False)
 
@@ -16,7 +17,7 @@ LISTS = st.sampled_from([1, 2, 9]).flatmap(lambda n: st.lists(FLOATS, min_size=n
 FIND = jax.jit(quantile, static_argnums=(1, 2))
 
 
-@given(LISTS, st.sampled_from([0.0, 0.3, 0.5, 0.99, 1.0]))
+@given(LISTS, st.sampled_from([0.0, 0.3, 1.0]))
 def test_any_numbers(values, q):
     """float32 rounds two products and a sum: 3 of 2^-24 of the larger neighbour, which may be far
     above the result where signs differ."""
@@ -26,7 +27,7 @@ def test_any_numbers(values, q):
     assert abs(got - expected) <= 4 * 2.0**-24 * np.abs(x).max()
 
 
-@pytest.mark.parametrize("q", [0.0, 0.5, 0.9, 0.999, 1.0])
+@pytest.mark.parametrize("q", daily([0.0, 0.5, 0.9, 0.999, 1.0], [0.5, 0.999]))
 def test_blocks_and_places_left_out(q):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(3, 40, 7, 5)).astype(np.float32)

@@ -81,7 +81,8 @@ def test_it_computes_what_the_paper_says():
     x = np.random.default_rng(1).normal(size=(2, 12, 12, 3)).astype(np.float32)
     expected = reference(arrays, x.transpose(0, 3, 1, 2).astype(np.float64), 1)
     # Eight layers in float32, of sums of up to 9 * 64 terms: 1e-7 * sqrt(576) each.
-    np.testing.assert_allclose(SMALL.apply(variables, x), expected, rtol=1e-4, atol=1e-4)
+    got = jax.jit(SMALL.apply)(variables, x)
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_weights_come_from_a_file(tmp_path):

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 import quantjax as qj
 from quantjax.formats import Codebook, IntFormat, binary, e4m3, ternary
 from quantjax.spec import Granularity, QuantSpec
+from tests.daily import dealt
 
 SHAPE = (64, 32)
 NAME = "mlp/kernel"
@@ -37,9 +38,17 @@ CASES = {
 }
 
 
-@pytest.fixture(params=[AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+KINDS = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
+
+
+@pytest.fixture(params=KINDS)
 def kind(request):
-    return request.param
+    return KINDS[request.param]
+
+
+def of_kinds(names: str, *tables):
+    """Daily each case on one kind of mesh."""
+    return pytest.mark.parametrize(f"{names}, kind", dealt(*tables, KINDS), indirect=["kind"])
 
 
 def make_mesh(name: str, kind: AxisType) -> jax.sharding.Mesh:
@@ -80,7 +89,7 @@ def assert_lies_as(leaf: jax.Array, source: jax.Array):
         assert part * (total // local) == n
 
 
-@pytest.mark.parametrize("case", CASES)
+@of_kinds("case", CASES)
 def test_shards_give_the_numbers_of_the_whole_where_they_lie(case, kind):
     spec, mesh, cut = CASES[case]
     policy, x = policy_of(spec), sample()
@@ -108,7 +117,7 @@ def test_every_shard_is_a_quantized_array_of_its_own(kind):
         assert x.device == codes.device
 
 
-@pytest.mark.parametrize("case", ["w8 column", "w4 row"])
+@of_kinds("case", ["w8 column", "w4 row"])
 def test_inside_jit(case, kind):
     spec, mesh, cut = CASES[case]
     policy, x = policy_of(spec), sample()
@@ -120,7 +129,7 @@ def test_inside_jit(case, kind):
     assert_same_bits(jax.jit(lambda p: qj.fake_quantize(p, policy))(p), back)
 
 
-@pytest.mark.parametrize("jitted", [False, True])
+@of_kinds("jitted", [False, True])
 def test_the_gradient_is_that_of_the_whole(jitted, kind):
     spec, mesh, cut = CASES["w4 row"]
     x = sample()
@@ -180,7 +189,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
+@of_kinds("case", REFUSED)
 def test_what_no_shard_can_do_alone_is_refused(case, kind):
     spec, cut, message = REFUSED[case]
     with pytest.raises(ValueError, match=f"{NAME}: {message}"):
@@ -218,7 +227,7 @@ def test_codes_cut_after_they_were_made_are_read_right(preset, shape, cut):
         assert_same_bits(qj.dequantize(tree), qj.dequantize(q))
 
 
-@pytest.mark.parametrize("cut", [P("n"), P(None, "n")])
+@of_kinds("cut", [P("n"), P(None, "n")])
 def test_what_stands_beside_the_codes_is_cut_with_them(cut, kind):
     """A scale of the inputs and low-rank factors, whole on every device where they do not vary."""
     q = qj.quantize(whole(sample()), policy_of(QuantSpec(format=INT4, group=8)))["mlp"]["kernel"]
@@ -248,7 +257,7 @@ def test_a_scale_block_over_several_shards_is_refused(kind):
         qj.quantize(put(sample((128, 32)), kind, "line", P("n")), policy_of(spec))
 
 
-@pytest.mark.parametrize("shape", [(), (32,), (64, 1)])
+@of_kinds("shape", [(), (32,), (64, 1)])
 def test_weights_of_lower_rank_are_cut_as_they_broadcast(kind, shape):
     policy = policy_of(QuantSpec(format=INT4, group=8, observer=qj.mse(steps=4)))
     weights = whole(jnp.asarray(np.random.default_rng(1).uniform(0.1, 1, shape), jnp.float32))

@@ -15,6 +15,7 @@ from experiments import checkpoint, train
 from experiments.data import Dataset, pixel_statistics
 from experiments.models import training_apply
 from experiments.train import TrainConfig, classification_loss, evaluate
+from tests.daily import daily
 
 
 def make_data(count=43, validation=10, seed=0):
@@ -127,6 +128,15 @@ def test_a_resumed_run_is_bit_identical(tmp_path, whole):
     assert [r[:4] for r in whole.history] == [r[:4] for r in resumed.history]
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The arguments of a run that has ended, and where it is stored."""
+    same = {"apply": linear, "params": zeros(), "data": make_data(), "config": CONFIG}
+    run_dir = tmp_path_factory.mktemp("finished")
+    train.train(**same, run_dir=run_dir)
+    return same, run_dir
+
+
 def test_a_finished_run_is_loaded_not_trained(tmp_path, monkeypatch):
     same = {"apply": linear, "params": zeros(), "data": make_data(), "config": CONFIG}
     first = train.train(**same, run_dir=tmp_path)
@@ -161,11 +171,10 @@ def test_every_epoch_trains_on_its_own_shuffle():
         ({"transform": lambda p: p}, "/functions/1: None != "),
     ],
 )
-def test_a_run_of_another_kind_is_refused(tmp_path, change, message):
-    same = {"apply": linear, "params": zeros(), "data": make_data(), "config": CONFIG}
-    train.train(**same, run_dir=tmp_path)
+def test_a_run_of_another_kind_is_refused(finished, change, message):
+    same, run_dir = finished
     with pytest.raises(ValueError, match=f"another run.*{message}"):
-        train.train(**(same | change), run_dir=tmp_path)
+        train.train(**(same | change), run_dir=run_dir)
 
 
 def test_a_scan_over_the_steps_agrees_with_single_steps(whole):
@@ -176,7 +185,7 @@ def test_a_scan_over_the_steps_agrees_with_single_steps(whole):
     compare([r[1:4] for r in stepped.history], [r[1:4] for r in scanned.history])
 
 
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("scan", daily([False, True], [True]))
 def test_extra_is_refreshed_every_n_steps_of_the_run(scan):
     def note(params, extra, step):
         calls, last = extra
@@ -246,7 +255,7 @@ def test_the_given_parameters_stay_usable():
     assert_equal_trees(params, zeros())
 
 
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("scan", daily([False, True], [False]))
 def test_a_loss_that_is_not_finite_names_epoch_and_step(tmp_path, scan):
     # The loss becomes nan in the step after the scale does: step 7, the third of epoch 1.
     with pytest.raises(FloatingPointError, match="loss is nan in epoch 1 at step 7"):
@@ -264,7 +273,7 @@ def test_a_loss_that_is_not_finite_names_epoch_and_step(tmp_path, scan):
     assert len(checkpoint.load_meta(tmp_path / "checkpoint.npz")["history"]) == 1
 
 
-@pytest.mark.parametrize("batch_size", [1, 4, 10, 64])
+@pytest.mark.parametrize("batch_size", daily([1, 4, 10, 64], [4, 64]))
 def test_evaluate_counts_every_image_once(batch_size):
     random = np.random.default_rng(0)
     params = {"w": random.normal(size=(16, 3)), "b": random.normal(size=3)}

@@ -2,7 +2,10 @@
 
 import random
 
+import pytest
+
 from quantjax.storage import StorageError, load, read_header
+from tests.daily import daily
 
 from .trees import TREE, assert_same
 
@@ -37,11 +40,12 @@ def mutate(data: bytes, rng: random.Random) -> bytes:
     return bytes(out)
 
 
-def test_no_mutation_crashes_or_passes_as_another_tree(whole):
+@pytest.mark.parametrize("tries", daily([500, 2500], [500]))
+def test_no_mutation_crashes_or_passes_as_another_tree(whole, tries):
     data, rng = whole.read_bytes(), random.Random(0)
     refused: dict[str, int] = {}
     changed = 0
-    for _ in range(2500):
+    for _ in range(tries):
         mutated = mutate(data, rng)
         changed += mutated != data
         whole.write_bytes(mutated)
@@ -53,14 +57,15 @@ def test_no_mutation_crashes_or_passes_as_another_tree(whole):
             continue
         assert_same(result, TREE)
         assert read_header(whole).metadata == {"step": "7"}
-    assert changed > 2400 and sum(refused.values()) > 2400
+    assert changed > 0.96 * tries and sum(refused.values()) > 0.96 * tries
     assert {"CorruptFile", "NotQuantjaxFile"} <= set(refused)
 
 
-def test_every_single_byte_counts(whole):
+@pytest.mark.parametrize("step", daily([3, 13], [13]))
+def test_every_single_byte_counts(whole, step):
     # One byte after the other; only white space of the header may change without a word.
     data = whole.read_bytes()
-    for i in range(0, len(data), 3):
+    for i in range(0, len(data), step):
         whole.write_bytes(data[:i] + bytes([data[i] ^ 0x04]) + data[i + 1 :])
         try:
             assert_same(load(whole), TREE)
