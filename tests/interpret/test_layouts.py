@@ -129,7 +129,7 @@ LAYOUTS = {
 }
 
 
-CORE = ("two axes", "odd bytes", "transposed", "merged", "unconstrained")
+CORE = ("two axes", "odd bytes", "transposed", "merged", "merged unevenly", "unconstrained")
 
 
 @pytest.mark.parametrize("name", daily(LAYOUTS, CORE))
