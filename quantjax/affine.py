@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Integer
 
-from quantjax.blocks import Block, sizes, split, spread
+from quantjax.blocks import Block, block_sum, sizes, split, spread
 from quantjax.formats import Codebook, ExponentFormat, Format, IntFormat, is_learned
 from quantjax.kmeans import fit_levels
 from quantjax.observers import Grid, magnitude, observe
@@ -295,6 +295,68 @@ def fake_quantize_array(
     clipped; none to scales, zero points and codebooks.
     """
     return _snap(spec.format, spec.block_shape, x, scales, uniform)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _learned(spec: QuantSpec, x: jax.Array, scales: Scales) -> jax.Array:
+    return _snap(spec.format, spec.block_shape, x, scales, None)
+
+
+def _learned_forward(spec: QuantSpec, x, scales: Scales):
+    y, (clips, *_) = _snap_forward(spec.format, spec.block_shape, x, scales, None)
+    return y, (x, scales, clips)
+
+
+def _learned_backward(spec: QuantSpec, residuals, gradient):
+    x, scales, clips = residuals
+    format, block = spec.format, spec.block_shape
+    g = gradient.astype(jnp.float32)
+    codes = encoded(x, scales, format, block)
+    table = scales.codebook if isinstance(format, Codebook) else None
+    level = format.decode(codes) if table is None else format.decode(codes, table)
+    zero = _spread_zero(scales, x.shape, block)
+    level = level if zero is None else level - zero
+    step = spread(scale_values(scales.scale), x.shape, block)
+    moves = jnp.where(clips, level, level - _scaled(x, scales, block))
+    by_scale = _like(block_sum(g * moves, block), scales.scale)
+    by_zero = None
+    if zero is not None:
+        by_zero = _like(block_sum(jnp.where(clips, -g * step, 0), block), scales.zero_point)
+    by_table = None
+    if table is not None:
+        # The level of a cell moves all values in it.
+        cells = jnp.arange(table.shape[-1], dtype=codes.dtype)
+        hits = (codes[..., None] == cells) * (g * step)[..., None]
+        lead = table.ndim - 1
+        by_table = hits.sum(tuple(range(lead, x.ndim))).astype(table.dtype)
+    dx = jnp.where(clips, jnp.zeros((), gradient.dtype), gradient)
+    return dx, Scales(by_scale, by_zero, by_table)
+
+
+def _like(per_block: Float[Array, "*b"], scale: Any) -> Any:
+    """A cotangent of scales, which may have fewer axes of length one; none for quantized ones."""
+    if not isinstance(scale, jax.Array) or not jnp.issubdtype(scale.dtype, jnp.floating):
+        return jax.tree.map(zero_cotangent, scale)
+    return per_block.reshape(scale.shape).astype(scale.dtype)
+
+
+_learned.defvjp(_learned_forward, _learned_backward)
+
+
+def fake_quantize_learned(
+    x: Float[Array, "*n"], scales: Scales, *, spec: QuantSpec
+) -> Float[Array, "*n"]:
+    """`fake_quantize_array` whose gradient reaches the scales as well, for those that train them.
+
+    With v = x / s, l(v) the level of v (code minus zero point) and g = dL/dy:
+    dL/dx = g in the cells of the grid, 0 where x is clipped;
+    dL/ds = sum g (l(v) - v) in the cells and sum g l(v) where x is clipped, over a block;
+    dL/dz = -sum g s where x is clipped; dL/dt_k = sum g s over all x that take entry k of a
+    codebook t. The forward pass is that of `quantize_array`, bit for bit.
+
+    Esser et al. 2020, arXiv:1902.08153, eq. 3; Bhalgat et al. 2020, arXiv:2004.09576, eq. 5 and 6.
+    """
+    return _learned(spec, x, scales)
 
 
 @jax.custom_vjp

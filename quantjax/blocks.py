@@ -60,6 +60,22 @@ def split(x: Float[Array, "*n"], block: Block) -> Blocked:
     return Blocked(x.reshape(shape), tuple(axes), valid)
 
 
+def block_sum(x: Float[Array, "*n"], block: Block) -> Float[Array, "*b"]:
+    """The sum over every block.
+
+    >>> block_sum(jnp.ones((6, 5)), (4, 1))[:, 0].tolist()
+    [4.0, 2.0]
+    """
+    parts = split(x, block)
+    values = parts.values if parts.valid is None else jnp.where(parts.valid, parts.values, 0)
+    return values.sum(parts.axes)
+
+
+def block_mean(x: Float[Array, "*n"], block: Block) -> Float[Array, "*b"]:
+    """The mean over every block."""
+    return block_sum(x, block) / block_sum(jnp.ones(x.shape, jnp.float32), block)
+
+
 def whole(x: Float[Array, "*n"]) -> Blocked:
     """x as a single block, whose range has shape () whatever the rank of x."""
     return Blocked(x, tuple(range(x.ndim)), None)

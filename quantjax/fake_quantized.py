@@ -2,6 +2,7 @@
 Jacob et al. 2018, arXiv:1712.05877, section 3; Bengio et al. 2013, arXiv:1308.3432."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -14,6 +15,7 @@ from quantjax.spec import QuantSpec
 
 if TYPE_CHECKING:
     from quantjax.ops import Backward
+    from quantjax.qat.estimator import Estimator
 
 
 @jax.tree_util.register_dataclass
@@ -25,10 +27,12 @@ class FakeQuantized:
     act_scale, act_zero_point: of the activation that meets it, where they are static, one for each
     entry of the leading axes. uniform: the noise of stochastic rounding, of the shape of `value`,
     or None for nearest. key: of the noise in the backward pass, one for each entry of the leading
-    axes, or None.
+    axes, or None. learned, act_learned: what the estimator trains of the weight and of the
+    activation, by name; scales then are None.
 
     Static: spec, with an explicit block and how the activation is rounded (`act`); backward, how
-    the operands of the two gradient products are rounded, or None.
+    the operands of the two gradient products are rounded, or None; estimator, see
+    `quantjax.qat.Estimator`, or None for straight-through.
 
     Made by `quantjax.qat.prepare`, used through `quantjax.intercept` alone, turned into a QTensor
     by `quantjax.qat.finalize`. Differentiable: the gradient with respect to a tree of these is such
@@ -44,8 +48,13 @@ class FakeQuantized:
     act_zero_point: jax.Array | None = None
     uniform: jax.Array | None = None
     key: jax.Array | None = None
+    learned: Mapping[str, jax.Array] | None = None
+    act_learned: Mapping[str, jax.Array] | None = None
     spec: QuantSpec = dataclasses.field(metadata=dict(static=True), kw_only=True)
     backward: "Backward | None" = dataclasses.field(
+        default=None, metadata=dict(static=True), kw_only=True
+    )
+    estimator: "Estimator | None" = dataclasses.field(
         default=None, metadata=dict(static=True), kw_only=True
     )
 
@@ -83,15 +92,21 @@ class FakeQuantized:
         return f"FakeQuantized({self.format}, {facts}{act})"
 
 
-def rounding_scales(x: FakeQuantized) -> Scales:
-    """The scales by which it is rounded."""
-    return Scales(x.scale, x.zero_point, x.codebook)
+def rounded_value(x: FakeQuantized) -> tuple[jax.Array, Scales]:
+    """What is rounded, and the scales by which it is."""
+    own = None if x.estimator is None else x.estimator.weights
+    if own is not None:
+        return own.settled(x.value, x.learned or {}, x.spec)
+    return x.value, Scales(x.scale, x.zero_point, x.codebook)
 
 
 def fake_array(x: FakeQuantized) -> jax.Array:
-    """D(Q(value)), bit for bit what `finalize` stores; the gradient passes straight through, and is
-    0 where a value is clipped."""
-    return fake_quantize_array(x.value, rounding_scales(x), x.uniform, spec=x.spec)
+    """D(Q(value)), bit for bit what `finalize` stores. Without an estimator of its own the gradient
+    passes straight through, and is 0 where a value is clipped."""
+    own = None if x.estimator is None else x.estimator.weights
+    if own is not None:
+        return own(x.value, x.learned or {}, x.spec)
+    return fake_quantize_array(x.value, rounded_value(x)[1], x.uniform, spec=x.spec)
 
 
 def is_quantized(x: Any) -> bool:

@@ -1,6 +1,6 @@
 """How is the activation that meets a parameter rounded at a product? As its leaf says."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jax import lax
@@ -15,17 +15,19 @@ from quantjax.spec import QuantSpec
 
 class Rounded(NamedTuple):
     """How the activation that meets a parameter is rounded; `given` are its static scales. rule: in
-    training, what rounds it instead, rule(x, spec, given, summed, key)."""
+    training, what rounds it instead, rule(x, given, spec, summed, key), where `given` may also be
+    what an estimator learns of it, by name."""
 
     spec: QuantSpec
-    given: Scales | None
+    given: Scales | Mapping[str, Any] | None
     rule: Callable[..., Any] | None = None
     key: Any = None
 
     def fake(self, x: Any, summed: Sequence[int]) -> Any:
         """x as the product sees it, in floats."""
         if self.rule is not None:
-            return self.rule(x, self.spec, self.given, summed, self.key)
+            return self.rule(x, self.given, self.spec, summed, self.key)
+        assert not isinstance(self.given, Mapping)
         return fake_activation(x, self.spec, self.given, summed)
 
     def __str__(self) -> str:
@@ -46,6 +48,10 @@ def rounded_activation(eqn: Any, x: Param) -> Rounded | None:
     if q is None or q.act is None or keeps_floats(eqn):
         return None
     own = (q.rule, q.key) if isinstance(q, Trained) else (None, None)
+    if isinstance(q, Trained) and q.learned is not None:
+        for name, a in q.learned.items():
+            _check_single(x.path, f"learned {name} of its activation", a)
+        return Rounded(q.act, q.learned, *own)
     if q.act_scale is None:
         if q.act.static:
             raise ValueError(
@@ -54,9 +60,13 @@ def rounded_activation(eqn: Any, x: Param) -> Rounded | None:
                 f"static=False."
             )
         return Rounded(q.act, None, *own)
-    if q.act_scale.shape:
-        raise ValueError(
-            f"{x.path}: expected one activation scale at this product, got {q.act_scale.shape}: "
-            f"its leading axes are layers, but no scan or index takes them off."
-        )
+    _check_single(x.path, "activation scale", q.act_scale)
     return Rounded(q.act, Scales(q.act_scale, q.act_zero_point), *own)
+
+
+def _check_single(path: str, what: str, a: Any) -> None:
+    if a.shape:
+        raise ValueError(
+            f"{path}: expected one {what} at this product, got {a.shape}: its leading axes are "
+            f"layers, but no scan or index takes them off."
+        )

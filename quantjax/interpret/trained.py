@@ -4,7 +4,7 @@ The evaluator carries it as its rounded array, which any operation may transpose
 this beside it, up to the products."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -21,8 +21,9 @@ from quantjax.spec import QuantSpec
 class Trained:
     """How what meets the parameter is rounded, forward and backward; see FakeQuantized.
 
-    act_scale, act_zero_point and key have one entry for each of the leading layers that no scan
-    took off yet. rule: how an activation is rounded instead of to nearest, see `Rounded`.
+    act_scale, act_zero_point, key and what is learned have one entry for each of the leading layers
+    that no scan took off yet. rule: how an activation is rounded instead of to nearest, see
+    `Rounded`; learned: what it trains, by name, in place of the scales.
     """
 
     act_scale: jax.Array | None
@@ -32,6 +33,7 @@ class Trained:
     act: QuantSpec | None = dataclasses.field(metadata=dict(static=True))
     backward: Backward | None = dataclasses.field(metadata=dict(static=True))
     rule: Callable[..., Any] | None = dataclasses.field(default=None, metadata=dict(static=True))
+    learned: Mapping[str, jax.Array] | None = None
 
     def at(self, axis: int, take: Callable[[jax.Array], jax.Array]) -> "Trained":
         """With what `take` makes of each array that has this axis of the parameter."""
@@ -44,9 +46,7 @@ class Trained:
             key = jax.random.wrap_key_data(
                 take(jax.random.key_data(key)), impl=jax.random.key_impl(key)
             )
-        return dataclasses.replace(
-            self, act_scale=each(self.act_scale), act_zero_point=each(self.act_zero_point), key=key
-        )
+        return self._each(each, key)
 
     def stacked(self, n: int) -> "Trained":
         """With a leading axis on every array, for a scan over n layers."""
@@ -57,12 +57,23 @@ class Trained:
         key = self.key
         if key is not None and not key.ndim:
             key = jax.random.split(key, n)
+        return self._each(each, key)
+
+    def _each(self, change: Callable[[Any], Any], key: Any) -> "Trained":
         return dataclasses.replace(
-            self, act_scale=each(self.act_scale), act_zero_point=each(self.act_zero_point), key=key
+            self,
+            act_scale=change(self.act_scale),
+            act_zero_point=change(self.act_zero_point),
+            learned=jax.tree.map(change, self.learned),
+            key=key,
         )
 
 
 def trained(x: FakeQuantized) -> tuple[jax.Array, Trained]:
     """Its rounded array, and what it asks of products."""
-    asks = Trained(x.act_scale, x.act_zero_point, x.key, x.format, x.spec.act, x.backward)
+    rule = None if x.estimator is None else x.estimator.activations
+    asks = Trained(
+        x.act_scale, x.act_zero_point, x.key, x.format, x.spec.act, x.backward, rule,
+        x.act_learned,
+    )  # fmt: skip
     return fake_array(x), asks

@@ -52,8 +52,8 @@ class LearnedActivation:
     def __call__(
         self,
         x: Float[Array, "*x"],
-        spec: QuantSpec,
         given: Scales | None,
+        spec: QuantSpec,
         summed: Sequence[int],
         key: jax.Array | None,
     ) -> Float[Array, "*x"]:

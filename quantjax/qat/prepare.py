@@ -11,13 +11,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from quantjax import affine
 from quantjax.affine import Scales
-from quantjax.fake_quantized import FakeQuantized, is_quantized, rounding_scales
+from quantjax.fake_quantized import FakeQuantized, is_quantized, rounded_value
 from quantjax.formats import IntFormat
 from quantjax.ops import Backward
 from quantjax.paths import named_leaves
+from quantjax.qat.estimator import Estimator
 from quantjax.sharding import placement
 from quantjax.spec import QuantSpec
 from quantjax.transform import apply_scales, on_shards, over_leaves
@@ -29,6 +31,7 @@ def prepare(
     *,
     sites: Sequence[Any] = (),
     like: Any = None,
+    estimator: Estimator | None = None,
     backward: Backward | None = None,
     key: jax.Array | None = None,
 ) -> Any:
@@ -40,7 +43,9 @@ def prepare(
 
     policy, sites: as in `quantize`; scales are found anew, and no gradient flows through them. Or,
     in place of a policy, `like`: a tree quantized before, whose formats and scales are used, those
-    of its static activations with them, as `calibrate` finds them. backward: how the operands of
+    of its static activations with them, as `calibrate` finds them. estimator: another rule than
+    straight-through, such as `lsq()`; the tree itself is then what is trained, with what the
+    estimator learns in its leaves (see `labels`). backward: how the operands of
     the two gradient products are rounded, see `Backward`; gathered rows of a table have none. key:
     for stochastic rounding, forward or backward; every leaf folds in its path. A new one each step
     is the caller's: `jax.random.fold_in(key, step)`.
@@ -60,13 +65,17 @@ def prepare(
     >>> slope["kernel"][1].tolist()  # x as the product saw it: 3 steps of 1/7
     [0.4285..., 0.4285...]
     """
+    if estimator is not None and not isinstance(estimator, Estimator):
+        raise TypeError(f"prepare: estimator must be one such as qat.lsq(), got {estimator!r}.")
     if backward is not None and not isinstance(backward, Backward):
         raise TypeError(f"prepare: backward must be a quantjax.qat.Backward, got {backward!r}.")
     weight_key = key if like is None else None
     tree = over_leaves(_leaf, params, policy, like, weight_key, None, sites)
     named, structure = named_leaves(tree)
     leaves = [
-        _for_products(name, leaf, backward, key) if isinstance(leaf, FakeQuantized) else leaf
+        _for_products(name, _with_estimator(name, leaf, estimator), backward, key)
+        if isinstance(leaf, FakeQuantized)
+        else leaf
         for name, leaf in named
     ]
     return jax.tree.unflatten(structure, leaves)
@@ -91,12 +100,36 @@ def _leaf(x: jax.Array, scales: Scales, uniform: jax.Array | None, *, spec: Quan
     return FakeQuantized(x, scales.scale, zero, scales.codebook, uniform=uniform, spec=spec)
 
 
+def _with_estimator(name: str, x: FakeQuantized, estimator: Estimator | None) -> FakeQuantized:
+    """The leaf with what is learned in place of its scales."""
+    if estimator is None:
+        return x
+    weights, activations = estimator.weights, estimator.activations
+    try:
+        if weights is not None:
+            if x.uniform is not None:
+                raise ValueError("an estimator rounds by itself; stochastic rounding is not for it")
+            scales = Scales(x.scale, x.zero_point, x.codebook)
+            learned = dict(weights.start(x.value, scales, x.spec))
+            x = dataclasses.replace(x, scale=None, zero_point=None, codebook=None, learned=learned)
+        act = x.spec.act
+        if activations is not None and act is not None:
+            given = None
+            if x.act_scale is not None:
+                given = Scales(x.act_scale, x.act_zero_point)
+            learned = dict(activations.start(given, act))
+            x = dataclasses.replace(x, act_scale=None, act_zero_point=None, act_learned=learned)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    return dataclasses.replace(x, estimator=estimator)
+
+
 def _for_products(
     name: str, x: FakeQuantized, backward: Backward | None, key: jax.Array | None
 ) -> FakeQuantized:
     """The leaf with what its products need beside it."""
     act = x.spec.act
-    if act is not None and act.static and x.act_scale is None:
+    if act is not None and act.static and x.act_scale is None and x.act_learned is None:
         raise ValueError(
             f"{name}: the scale of its activation is static, but was not found yet: pass the "
             f"policy to quantjax.calibrate with some batches and give the result as like=, or "
@@ -130,9 +163,16 @@ def _as_code(zero_point: jax.Array | None, spec: QuantSpec | None) -> jax.Array 
 
 
 def _quantized(x: FakeQuantized) -> Any:
-    scales = rounding_scales(x)
+    value, scales = rounded_value(x)
     scales = scales._replace(zero_point=_as_code(scales.zero_point, x.spec))
     how = {"transform": affine.quantize_array, "spec": x.spec}
-    q = on_shards(placement(x.value), apply_scales, x.value, scales, x.uniform, **how)
-    zero = _as_code(x.act_zero_point, x.spec.act)
-    return dataclasses.replace(q, act_scale=x.act_scale, act_zero_point=zero)
+    q = on_shards(placement(x.value), apply_scales, value, scales, x.uniform, **how)
+    act = Scales(x.act_scale, x.act_zero_point)
+    if (
+        x.act_learned is not None
+        and x.estimator is not None
+        and x.estimator.activations is not None
+    ):
+        act = x.estimator.activations.settled(x.act_learned, x.spec.act) or Scales(None)
+    zero = _as_code(act.zero_point, x.spec.act)
+    return dataclasses.replace(q, dtype=np.dtype(x.dtype), act_scale=act.scale, act_zero_point=zero)

@@ -1,0 +1,97 @@
+"""How does a parameter, or the activation that meets it, train through rounding? By an estimator.
+
+An estimator says what is rounded, by which scales, and what gradient passes; one paper is one file
+of this folder. What it learns are arrays on the `FakeQuantized` leaf, trained with the values."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from quantjax.affine import Scales, fake_quantize_learned
+from quantjax.ops.activation import activation_block
+from quantjax.spec import QuantSpec
+
+Learned = Mapping[str, jax.Array]
+
+
+@runtime_checkable
+class WeightEstimator(Protocol):
+    """A frozen, hashable value: how a weight is rounded. A spec has an explicit block; leading axes
+    of w beyond the block are layers, and every learned array has those first."""
+
+    def start(self, w: Float[Array, "*n"], scales: Scales, spec: QuantSpec) -> Learned:
+        """What is learned, before the first step. scales: those that the observer of the spec, or a
+        tree calibrated before, gives."""
+
+    def settled(
+        self, w: Float[Array, "*n"], learned: Learned, spec: QuantSpec
+    ) -> tuple[Float[Array, "*n"], Scales]:
+        """What is rounded, by which scales: `finalize` stores Q(v) of the first. Differentiable, as
+        `through` rounds it."""
+
+    def __call__(
+        self, w: Float[Array, "*n"], learned: Learned, spec: QuantSpec
+    ) -> Float[Array, "*n"]:
+        """What products see: the value that is stored, bit for bit, with the estimator's gradient
+        to w and to what is learned."""
+
+
+@runtime_checkable
+class ActivationEstimator(Protocol):
+    """A frozen, hashable value: how an activation is rounded at a product."""
+
+    def start(self, scales: Scales | None, act: QuantSpec) -> Learned:
+        """What is learned, before the first step. scales: the static ones that `calibrate` found,
+        one a layer, or None. Raises ValueError where it needs them."""
+
+    def settled(self, learned: Learned, act: QuantSpec) -> Scales | None:
+        """The static scales that `finalize` stores; None where they are found in each call."""
+
+    def __call__(
+        self,
+        x: Float[Array, "*x"],
+        learned: Learned,
+        act: QuantSpec,
+        summed: Sequence[int],
+        key: jax.Array | None,
+    ) -> Float[Array, "*x"]:
+        """x as the product sees it. summed: the axes that the product sums over. key: of the leaf,
+        where `prepare` was given one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimator:
+    """How weights train and how activations do; None is straight-through, with the scales of the
+    spec. Those of two papers can be mixed: `Estimator(dorefa().weights, pact().activations)`."""
+
+    weights: WeightEstimator | None = None
+    activations: ActivationEstimator | None = None
+
+    def __post_init__(self) -> None:
+        kinds = {"weights": WeightEstimator, "activations": ActivationEstimator}
+        for field, kind in kinds.items():
+            value = getattr(self, field)
+            if value is not None and (not isinstance(value, kind) or isinstance(value, type)):
+                raise TypeError(f"Estimator: {field} must be a {kind.__name__}, got {value!r}.")
+
+
+def through(
+    w: Float[Array, "*n"], v: Float[Array, "*n"], scales: Scales, spec: QuantSpec
+) -> Float[Array, "*n"]:
+    """D(Q(v)) as an array of w's dtype, its gradient straight-through to v and, as
+    `fake_quantize_learned` has it, to the scales."""
+    return fake_quantize_learned(v, scales, spec=spec).astype(w.dtype)
+
+
+def rounded_activation(
+    x: Float[Array, "*x"], scales: Scales, act: QuantSpec, summed: Sequence[int]
+) -> Float[Array, "*x"]:
+    """D(Q(x)) by one scale and zero point, with gradients to both; NaN and infinity stay."""
+    single = (1,) * x.ndim
+    scales = jax.tree.map(lambda a: jnp.reshape(a, single), scales)
+    spec = act.with_block(activation_block(x.ndim, act, summed))
+    return jnp.where(jnp.isfinite(x), fake_quantize_learned(x, scales, spec=spec), x)

@@ -1,0 +1,145 @@
+"""How long should a step of the grid be? As the loss wants it: the step is trained.
+
+Esser et al., "Learned Step Size Quantization", ICLR 2020, arXiv:1902.08153; with a learned offset:
+Bhalgat et al., "LSQ+: Improving low-bit quantization through learnable offsets and better
+initialization", 2020, arXiv:2004.09576."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from quantjax.affine import Scales
+from quantjax.blocks import sizes
+from quantjax.formats import Format, IntFormat
+from quantjax.qat.estimator import Estimator, Learned, rounded_activation, through
+from quantjax.scales import TINY, inverse
+from quantjax.spec import QuantSpec
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _scaled_gradient(s: Float[Array, "*b"], factor: float) -> Float[Array, "*b"]:
+    """s, above zero; dL/ds times `factor`, and none that would lead further below."""
+    return jnp.maximum(s, TINY)
+
+
+def _forward(s, factor):
+    return _scaled_gradient(s, factor), s
+
+
+def _backward(factor, s, gradient):
+    # A step below zero is where descent overshot: it may only grow.
+    moves = (s > TINY) | (gradient < 0)
+    return (jnp.where(moves, gradient * np.float32(factor), 0),)
+
+
+_scaled_gradient.defvjp(_forward, _backward)
+
+
+def _factor(count: int, format: Format) -> float:
+    """1 / sqrt(N Q_P), N values that share a step, Q_P the highest level (eq. 4)."""
+    return 1.0 / math.sqrt(max(count, 1) * format.max_level)
+
+
+@dataclasses.dataclass(frozen=True)
+class LSQWeights:
+    """One step for each block that shares a scale; see `lsq`."""
+
+    def start(self, w: Float[Array, "*n"], scales: Scales, spec: QuantSpec) -> Learned:
+        """The scales of the observer. Raises ValueError for zero points and quantized scales."""
+        if scales.zero_point is not None or not isinstance(scales.scale, jax.Array):
+            raise ValueError(f"lsq learns the float scales of a symmetric grid, not of {spec!r}.")
+        return {"scale": scales.scale}
+
+    def settled(
+        self, w: Float[Array, "*n"], learned: Learned, spec: QuantSpec
+    ) -> tuple[Float[Array, "*n"], Scales]:
+        """w, by the learned steps."""
+        count = math.prod(sizes(w.shape, spec.block_shape))
+        return w, Scales(_scaled_gradient(learned["scale"], _factor(count, spec.format)))
+
+    def __call__(
+        self, w: Float[Array, "*n"], learned: Learned, spec: QuantSpec
+    ) -> Float[Array, "*n"]:
+        """D(Q(w))."""
+        return through(w, *self.settled(w, learned, spec), spec)
+
+
+@dataclasses.dataclass(frozen=True)
+class LSQActivations:
+    """One step for all of an activation; see `lsq`. offset: learned as well (LSQ+)."""
+
+    offset: bool = False
+
+    def start(self, scales: Scales | None, act: QuantSpec) -> Learned:
+        """The calibrated step, and offset beta = -z s."""
+        if scales is None or not isinstance(scales.scale, jax.Array):
+            raise ValueError(
+                "lsq learns a static scale: give like=, a tree that quantjax.calibrate made of a "
+                "policy whose activations are static."
+            )
+        if scales.zero_point is not None and not self.offset:
+            raise ValueError("lsq learns no zero point of an activation; lsq_plus does.")
+        if not self.offset:
+            return {"scale": scales.scale}
+        if not isinstance(act.format, IntFormat) or not act.format.has_zero:
+            raise ValueError(f"lsq_plus needs integer levels with zero, not {act.format}.")
+        zero = 0.0 if scales.zero_point is None else scales.zero_point.astype(jnp.float32)
+        return {"scale": scales.scale, "offset": -zero * scales.scale}
+
+    def settled(self, learned: Learned, act: QuantSpec) -> Scales:
+        """The learned step, and the code of zero next to -beta / s."""
+        scale = jnp.maximum(learned["scale"], TINY)
+        return Scales(scale, self._zero(scale, learned))
+
+    def _zero(self, scale: jax.Array, learned: Learned) -> jax.Array | None:
+        """round(-beta / s), straight-through: an activation has integer zero points, as zero is
+        then a code, which padding and rectifiers ask for."""
+        if not self.offset:
+            return None
+        zero = -learned["offset"] * inverse(scale)
+        return zero + jax.lax.stop_gradient(jnp.round(zero) - zero)
+
+    def __call__(
+        self,
+        x: Float[Array, "*x"],
+        learned: Learned,
+        act: QuantSpec,
+        summed: Sequence[int],
+        key: jax.Array | None,
+    ) -> Float[Array, "*x"]:
+        """D(Q(x)); N counts the features of one example, the first axis being that of examples."""
+        features = math.prod(x.shape[1:]) if x.ndim > 1 else x.size
+        scale = _scaled_gradient(learned["scale"], _factor(features, act.format))
+        zero = self._zero(scale, learned)
+        return rounded_activation(x, Scales(scale, zero), act, summed)
+
+
+def lsq() -> Estimator:
+    """The step s of weights and of activations is trained. With v = x / s and l(v) its level,
+
+    dL/ds = 1 / sqrt(N Q) sum dL/dy (l(v) - v, or l(v) where x is clipped),
+
+    N values that share the step, Q the highest level. It begins at what the observer finds: mse()
+    as in LSQ+, section 3.2. Activations must be static and calibrated (`prepare(..., like=...)`).
+    A step that descent takes to zero or below counts as 2^-126 until its gradient raises it again.
+    Source: Esser et al. 2020, arXiv:1902.08153.
+
+    >>> from quantjax import qat
+    >>> tree = qat.prepare({"kernel": jnp.ones((4, 2))}, "w2", estimator=lsq())
+    >>> list(tree["kernel"].learned)
+    ['scale']
+    """
+    return Estimator(LSQWeights(), LSQActivations())
+
+
+def lsq_plus() -> Estimator:
+    """`lsq` with a learned offset of activations, x_hat = l((x - beta) / s) s + beta, for those
+    that dip below zero, as after swish or GELU. beta is kept to a multiple of s, straight-through,
+    so that zero stays a code. Source: Bhalgat et al. 2020, arXiv:2004.09576."""
+    return Estimator(LSQWeights(), LSQActivations(offset=True))

@@ -1,0 +1,63 @@
+"""The estimators, with the formats each is asked for: one table for all questions."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import quantjax as qj
+from quantjax import qat
+from quantjax.policy import preset_spec
+from quantjax.spec import Granularity, QuantSpec
+
+
+class Case(NamedTuple):
+    """estimator, and the presets or specs of weights it is for; act: of activations, or None."""
+
+    estimator: qat.Estimator
+    weights: tuple[str, ...]
+    act: QuantSpec | None = None
+
+
+def static(bits: int, *, signed: bool = False, symmetric: bool = True) -> QuantSpec:
+    """Of an activation, one calibrated scale."""
+    return QuantSpec(
+        format=qj.IntFormat(bits, signed=signed),
+        block=Granularity.TENSOR,
+        symmetric=symmetric,
+        observer=qj.mse() if symmetric else qj.percentile(95.0),
+        static=True,
+    )
+
+
+CASES = {
+    "lsq": Case(qat.lsq(), ("w4", "w3", "w2", "w1"), static(4)),
+    "lsq_plus": Case(qat.lsq_plus(), ("w4", "w2"), static(4, symmetric=False)),
+}
+
+
+def normal(*shape: int, seed: int = 0) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def mlp(p, x):
+    return jax.nn.relu(x @ p["a"]["kernel"] + p["a"]["bias"]) @ p["b"]["kernel"]
+
+
+PARAMS = {
+    "a": {"kernel": normal(6, 8) / 2, "bias": normal(8, seed=1)},
+    "b": {"kernel": normal(8, 3, seed=2) / 3},
+}
+X = normal(16, 6, seed=3)
+
+
+def prepared(case: Case, weights: str, *, apply=mlp, params=PARAMS, x=X):
+    """The tree that is trained, its activations calibrated where they are static."""
+    spec = dataclasses.replace(preset_spec(weights), act=case.act)
+    policy = qj.Policy([("**/kernel", spec)])
+    if case.act is not None and case.act.static:
+        like = qj.calibrate(apply, params, [x], policy)
+        return qat.prepare(params, like=like, estimator=case.estimator)
+    return qat.prepare(params, policy, estimator=case.estimator)

@@ -1,0 +1,156 @@
+"""Does every estimator train, and is what it trained what is stored?"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import quantjax as qj
+from quantjax import qat
+from quantjax.fake_quantized import fake_array, is_quantized
+from tests.qat.estimators import CASES, PARAMS, X, mlp, prepared
+
+each = pytest.mark.parametrize(
+    ("name", "weights"), [(name, w) for name, case in CASES.items() for w in case.weights]
+)
+by_name = pytest.mark.parametrize("name", CASES)
+RUN = qj.intercept(mlp)
+TARGET = mlp(PARAMS, X)
+
+
+def loss(tree, x=X, target=TARGET):
+    return jnp.mean((RUN(tree, x) - target) ** 2)
+
+
+OPTIMIZER = optax.partition(
+    {"weights": optax.adam(1e-2), "learned": optax.adam(3e-3), "fixed": optax.set_to_zero()},
+    qat.labels,
+)
+
+
+@jax.jit
+def step(tree, state):
+    value, gradient = jax.value_and_grad(loss)(tree)
+    updates, state = OPTIMIZER.update(gradient, state, tree)
+    return optax.apply_updates(tree, updates), state, value
+
+
+def trained(tree, steps, state=None):
+    """The tree after some steps, the state, and the losses."""
+    state = OPTIMIZER.init(tree) if state is None else state
+    losses = []
+    for _ in range(steps):
+        tree, state, value = step(tree, state)
+        losses.append(float(value))
+    return tree, state, losses
+
+
+@functools.cache
+def after_steps(name, weights):
+    return trained(prepared(CASES[name], weights), 3)[0]
+
+
+def seen(tree):
+    """The weights as products see them."""
+    leaf = lambda x: fake_array(x) if is_quantized(x) else x  # noqa: E731
+    return jax.tree.map(leaf, tree, is_leaf=is_quantized)
+
+
+def same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@each
+def test_what_was_trained_is_what_is_stored(name, weights, tmp_path):
+    tree = after_steps(name, weights)
+    stored = qat.finalize(tree)
+    same(qj.dequantize(stored), seen(tree))
+    same(qj.dequantize(jax.jit(qat.finalize)(tree)), jax.jit(seen)(tree))
+    qj.save(tmp_path / "a.safetensors", stored)
+    same(qj.load(tmp_path / "a.safetensors"), stored)
+    assert qj.summary(stored).totals.bits_per_weight < 32
+    # The training pass sums floats, inference exact integers: 8 terms, each to 2^-24.
+    np.testing.assert_allclose(RUN(stored, X), RUN(tree, X), rtol=1e-5, atol=1e-5)
+
+
+@each
+def test_it_learns(name, weights):
+    """Fits the float network's outputs: the rounded network gets nearer than it was."""
+    tree = prepared(CASES[name], weights)
+    _, _, losses = trained(tree, 200)
+    assert np.mean(losses[-10:]) < 0.7 * losses[0]
+    assert np.isfinite(losses).all()
+
+
+@by_name
+def test_what_is_learned_moves_and_has_a_gradient(name):
+    case = CASES[name]
+    start, now = prepared(case, case.weights[0]), after_steps(name, case.weights[0])
+    for path in ("a", "b"):
+        before, after = start[path]["kernel"], now[path]["kernel"]
+        for field in ("learned", "act_learned"):
+            for key, value in (getattr(before, field) or {}).items():
+                assert not np.array_equal(value, getattr(after, field)[key]), (path, field, key)
+
+
+@by_name
+def test_the_second_step_compiles_nothing(name):
+    case = CASES[name]
+    tree, state, _ = trained(prepared(case, case.weights[0]), 1)
+    compiled = step._cache_size()
+    trained(tree, 2, state)
+    assert step._cache_size() == compiled
+
+
+@by_name
+def test_dtypes_stay(name):
+    case = CASES[name]
+    params = jax.tree.map(lambda w: w.astype(jnp.bfloat16), PARAMS)
+    tree = prepared(case, case.weights[0], params=params, x=X.astype(jnp.bfloat16))
+    gradient = jax.grad(lambda t: RUN(t, X.astype(jnp.bfloat16)).astype(jnp.float32).sum())(tree)
+    kinds = [a.dtype for a in jax.tree.leaves(tree)]
+    assert [a.dtype for a in jax.tree.leaves(gradient)] == kinds
+    assert fake_array(tree["a"]["kernel"]).dtype == jnp.bfloat16
+    assert qat.finalize(tree)["a"]["kernel"].dtype == jnp.bfloat16
+
+
+@by_name
+def test_a_run_goes_on_to_the_same_bits(name):
+    case = CASES[name]
+    tree = prepared(case, case.weights[0])
+    whole, _, _ = trained(tree, 4)
+    half, state, _ = trained(tree, 2)
+    arrays, structure = jax.tree.flatten((half, state))
+    half, state = jax.tree.unflatten(structure, [jnp.asarray(np.asarray(a)) for a in arrays])
+    same(trained(half, 2, state)[0], whole)
+
+
+@by_name
+def test_layers_of_a_scan_learn_apart(name):
+    case = CASES[name]
+    stacked = {"kernel": jnp.stack([PARAMS["a"]["kernel"][:, :6] * s for s in (1.0, 3.0)])}
+
+    def scanned(p, x):
+        return jax.lax.scan(lambda h, k: (jax.nn.relu(h @ k), None), x, p["kernel"])[0]
+
+    def one(p, x):
+        return jax.nn.relu(x @ p["kernel"])
+
+    tree = prepared(case, case.weights[0], apply=scanned, params=stacked)
+    gradient = jax.grad(lambda t: jnp.sum(qj.intercept(scanned)(t, X) ** 2))(tree)
+    layer = lambda t, i: jax.tree.map(lambda a: a[i], t)  # noqa: E731
+    run = qj.intercept(one)
+
+    def by_hand(layers):
+        return jnp.sum(run(layers[1], run(layers[0], X)) ** 2)
+
+    layers = [{"kernel": layer(tree["kernel"], i)} for i in range(2)]
+    for i, alone in enumerate(jax.grad(by_hand)(layers)):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+            layer(gradient["kernel"], i),
+            alone["kernel"],
+        )
