@@ -297,23 +297,32 @@ def fake_quantize_array(
     return _snap(spec.format, spec.block_shape, x, scales, uniform)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _learned(spec: QuantSpec, x: jax.Array, scales: Scales) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _learned(spec: QuantSpec, to_levels: bool, x: jax.Array, scales: Scales) -> jax.Array:
     return _snap(spec.format, spec.block_shape, x, scales, None)
 
 
-def _learned_forward(spec: QuantSpec, x, scales: Scales):
+def _learned_forward(spec: QuantSpec, to_levels: bool, x, scales: Scales):
     y, (clips, *_) = _snap_forward(spec.format, spec.block_shape, x, scales, None)
+    if to_levels and isinstance(spec.format, IntFormat):
+        v = _scaled(x, scales, spec.block_shape)
+        zero = _spread_zero(scales, x.shape, spec.block_shape)
+        v = v if zero is None else v + zero
+        clips = (v < np.float32(spec.format.lowest)) | (v > np.float32(spec.format.highest))
     return y, (x, scales, clips)
 
 
-def _learned_backward(spec: QuantSpec, residuals, gradient):
+def _learned_backward(spec: QuantSpec, to_levels: bool, residuals, gradient):
     x, scales, clips = residuals
     format, block = spec.format, spec.block_shape
     g = gradient.astype(jnp.float32)
     codes = encoded(x, scales, format, block)
-    table = scales.codebook if isinstance(format, Codebook) else None
-    level = format.decode(codes) if table is None else format.decode(codes, table)
+    table = None
+    if isinstance(format, Codebook):
+        table = scales.codebook
+        level = format.decode(codes, table)
+    else:
+        level = format.decode(codes)
     zero = _spread_zero(scales, x.shape, block)
     level = level if zero is None else level - zero
     step = spread(scale_values(scales.scale), x.shape, block)
@@ -344,7 +353,7 @@ _learned.defvjp(_learned_forward, _learned_backward)
 
 
 def fake_quantize_learned(
-    x: Float[Array, "*n"], scales: Scales, *, spec: QuantSpec
+    x: Float[Array, "*n"], scales: Scales, *, spec: QuantSpec, to_levels: bool = False
 ) -> Float[Array, "*n"]:
     """`fake_quantize_array` whose gradient reaches the scales as well, for those that train them.
 
@@ -352,11 +361,12 @@ def fake_quantize_learned(
     dL/dx = g in the cells of the grid, 0 where x is clipped;
     dL/ds = sum g (l(v) - v) in the cells and sum g l(v) where x is clipped, over a block;
     dL/dz = -sum g s where x is clipped; dL/dt_k = sum g s over all x that take entry k of a
-    codebook t. The forward pass is that of `quantize_array`, bit for bit.
+    codebook t. The forward pass is that of `quantize_array`, bit for bit. to_levels: of integers,
+    x counts as clipped from the outermost levels on, not half a step beyond, where their cells end.
 
     Esser et al. 2020, arXiv:1902.08153, eq. 3; Bhalgat et al. 2020, arXiv:2004.09576, eq. 5 and 6.
     """
-    return _learned(spec, x, scales)
+    return _learned(spec, to_levels, x, scales)
 
 
 @jax.custom_vjp

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Num
 
 Block = tuple[int | None, ...]
@@ -61,19 +62,32 @@ def split(x: Float[Array, "*n"], block: Block) -> Blocked:
 
 
 def block_sum(x: Float[Array, "*n"], block: Block) -> Float[Array, "*b"]:
-    """The sum over every block.
+    """The sum over every block, half onto half: as sums of arrays have no order of their own, it is
+    the same bits in every program, which those of XLA's reductions are not.
 
     >>> block_sum(jnp.ones((6, 5)), (4, 1))[:, 0].tolist()
     [4.0, 2.0]
     """
     parts = split(x, block)
     values = parts.values if parts.valid is None else jnp.where(parts.valid, parts.values, 0)
-    return values.sum(parts.axes)
+    for axis in parts.axes:
+        while (n := values.shape[axis]) > 1:
+            half = -(-n // 2)
+            first = jax.lax.slice_in_dim(values, 0, half, axis=axis)
+            rest = jax.lax.slice_in_dim(values, half, n, axis=axis)
+            edges = [(0, first.shape[a] - rest.shape[a]) for a in range(values.ndim)]
+            values = first + jnp.pad(rest, edges)
+    return values.reshape([n for a, n in enumerate(values.shape) if a not in parts.axes])
 
 
 def block_mean(x: Float[Array, "*n"], block: Block) -> Float[Array, "*b"]:
-    """The mean over every block."""
-    return block_sum(x, block) / block_sum(jnp.ones(x.shape, jnp.float32), block)
+    """The mean over every block, the same bits in every program."""
+    share = np.ones((), np.float32)
+    for axis, (n, b) in enumerate(zip(x.shape, sizes(x.shape, block), strict=True)):
+        lengths = np.minimum(b, n - np.arange(-(-n // b)) * b)
+        shape = [-1 if a == axis else 1 for a in range(x.ndim)]
+        share = share * lengths.astype(np.float32).reshape(shape)
+    return block_sum(x, block) * (np.float32(1) / share)
 
 
 def whole(x: Float[Array, "*n"]) -> Blocked:

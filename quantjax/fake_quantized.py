@@ -28,7 +28,8 @@ class FakeQuantized:
     entry of the leading axes. uniform: the noise of stochastic rounding, of the shape of `value`,
     or None for nearest. key: of the noise in the backward pass, one for each entry of the leading
     axes, or None. learned, act_learned: what the estimator trains of the weight and of the
-    activation, by name; scales then are None.
+    activation, by name; scales then are None. progress: of the training, from 0 to 1, one for each
+    layer, for estimators that change with it.
 
     Static: spec, with an explicit block and how the activation is rounded (`act`); backward, how
     the operands of the two gradient products are rounded, or None; estimator, see
@@ -50,6 +51,7 @@ class FakeQuantized:
     key: jax.Array | None = None
     learned: Mapping[str, jax.Array] | None = None
     act_learned: Mapping[str, jax.Array] | None = None
+    progress: jax.Array | None = None
     spec: QuantSpec = dataclasses.field(metadata=dict(static=True), kw_only=True)
     backward: "Backward | None" = dataclasses.field(
         default=None, metadata=dict(static=True), kw_only=True
@@ -92,11 +94,16 @@ class FakeQuantized:
         return f"FakeQuantized({self.format}, {facts}{act})"
 
 
+def _known(x: FakeQuantized, learned: Mapping[str, jax.Array] | None) -> dict[str, jax.Array]:
+    """What an estimator gets: what is learned, and the progress if it is told."""
+    return {**(learned or {}), **({} if x.progress is None else {"progress": x.progress})}
+
+
 def rounded_value(x: FakeQuantized) -> tuple[jax.Array, Scales]:
     """What is rounded, and the scales by which it is."""
     own = None if x.estimator is None else x.estimator.weights
     if own is not None:
-        return own.settled(x.value, x.learned or {}, x.spec)
+        return own.settled(x.value, _known(x, x.learned), x.spec)
     return x.value, Scales(x.scale, x.zero_point, x.codebook)
 
 
@@ -105,7 +112,7 @@ def fake_array(x: FakeQuantized) -> jax.Array:
     passes straight through, and is 0 where a value is clipped."""
     own = None if x.estimator is None else x.estimator.weights
     if own is not None:
-        return own(x.value, x.learned or {}, x.spec)
+        return own(x.value, _known(x, x.learned), x.spec)
     return fake_quantize_array(x.value, rounded_value(x)[1], x.uniform, spec=x.spec)
 
 

@@ -79,9 +79,14 @@ class IntFormat:
         return self.qmin + self._offset
 
     @property
+    def highest(self) -> float:
+        """The highest level."""
+        return self.qmax + self._offset
+
+    @property
     def max_level(self) -> float:
         """The level that the largest magnitude of a block is scaled to, without clipping."""
-        return (self.qmax + self._offset) or float(-self.qmin)
+        return self.highest or float(-self.qmin)
 
     @property
     def has_zero(self) -> bool:

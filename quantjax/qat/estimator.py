@@ -4,14 +4,17 @@ An estimator says what is rounded, by which scales, and what gradient passes; on
 of this folder. What it learns are arrays on the `FakeQuantized` leaf, trained with the values."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from quantjax.affine import Scales, fake_quantize_learned
+from quantjax.affine import Scales, fake_quantize_array, fake_quantize_learned
+from quantjax.blocks import block_sum, spread
+from quantjax.formats import Format, IntFormat
 from quantjax.ops.activation import activation_block
 from quantjax.spec import QuantSpec
 
@@ -80,18 +83,85 @@ class Estimator:
 
 
 def through(
+    w: Float[Array, "*n"],
+    v: Float[Array, "*n"],
+    scales: Scales,
+    spec: QuantSpec,
+    *,
+    to_levels: bool = False,
+) -> Float[Array, "*n"]:
+    """D(Q(v)) as an array of w's dtype, its gradient straight-through to v and to the scales, as
+    `fake_quantize_learned` has it."""
+    return fake_quantize_learned(v, scales, spec=spec, to_levels=to_levels).astype(w.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def signed(
+    v: Float[Array, "*n"],
+    alpha: Float[Array, "*b"],
+    slope: Float[Array, "*n"],
+    like: Float[Array, "*n"],
+    spec: QuantSpec,
+) -> Float[Array, "*n"]:
+    """alpha sign(v) as it is stored on the grid of one bit, sign(0) = 1, in the dtype of `like`.
+
+    Gradient, with g = dL/dy: sum g sign(v) over a block to alpha, g alpha slope to v."""
+    return fake_quantize_array(v, Scales(alpha * 2), spec=spec).astype(like.dtype)
+
+
+def _signed_forward(v, alpha, slope, like, spec):
+    return signed(v, alpha, slope, like, spec), (v, alpha, slope, like)
+
+
+def _signed_backward(spec, residuals, gradient):
+    v, alpha, slope, like = residuals
+    g = gradient.astype(jnp.float32)
+    by_alpha = block_sum(g * jnp.where(v < 0, -1, 1), spec.block_shape).reshape(alpha.shape)
+    by_v = g * spread(alpha, v.shape, spec.block_shape) * slope
+    return by_v.astype(v.dtype), by_alpha, jnp.zeros_like(slope), jnp.zeros_like(like)
+
+
+signed.defvjp(_signed_forward, _signed_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def straight(
     w: Float[Array, "*n"], v: Float[Array, "*n"], scales: Scales, spec: QuantSpec
 ) -> Float[Array, "*n"]:
-    """D(Q(v)) as an array of w's dtype, its gradient straight-through to v and, as
-    `fake_quantize_learned` has it, to the scales."""
-    return fake_quantize_learned(v, scales, spec=spec).astype(w.dtype)
+    """D(Q(v)) as an array of w's dtype; the gradient goes to w, all of it."""
+    return fake_quantize_array(v, scales, spec=spec).astype(w.dtype)
+
+
+def _straight_forward(w, v, scales, spec):
+    return straight(w, v, scales, spec), (v, scales)
+
+
+def _straight_backward(spec, residuals, gradient):
+    return gradient, *jax.tree.map(jnp.zeros_like, residuals)
+
+
+straight.defvjp(_straight_forward, _straight_backward)
+
+
+def asks_for(what: str, format: Format, *, bits: int | None = None, **facts: Any) -> None:
+    """Raises ValueError unless `format` is one of integers, of so many bits and these fields."""
+    fits = isinstance(format, IntFormat) and bits in (None, format.bits)
+    if not fits or any(getattr(format, name) != value for name, value in facts.items()):
+        wanted = ", ".join([f"{bits} bits"] * bool(bits) + [f"{k}={v}" for k, v in facts.items()])
+        raise ValueError(f"{what} is for IntFormat({wanted}), not {format}.")
 
 
 def rounded_activation(
-    x: Float[Array, "*x"], scales: Scales, act: QuantSpec, summed: Sequence[int]
+    x: Float[Array, "*x"],
+    scales: Scales,
+    act: QuantSpec,
+    summed: Sequence[int],
+    *,
+    to_levels: bool = False,
 ) -> Float[Array, "*x"]:
     """D(Q(x)) by one scale and zero point, with gradients to both; NaN and infinity stay."""
     single = (1,) * x.ndim
     scales = jax.tree.map(lambda a: jnp.reshape(a, single), scales)
     spec = act.with_block(activation_block(x.ndim, act, summed))
-    return jnp.where(jnp.isfinite(x), fake_quantize_learned(x, scales, spec=spec), x)
+    rounded = fake_quantize_learned(x, scales, spec=spec, to_levels=to_levels)
+    return jnp.where(jnp.isfinite(x), rounded, x)

@@ -67,7 +67,9 @@ class LSQWeights:
         self, w: Float[Array, "*n"], learned: Learned, spec: QuantSpec
     ) -> Float[Array, "*n"]:
         """D(Q(w))."""
-        return through(w, *self.settled(w, learned, spec), spec)
+        # Half-integer levels, which the paper does not have, are clipped where their cells end.
+        levels = isinstance(spec.format, IntFormat) and spec.format.has_zero
+        return through(w, *self.settled(w, learned, spec), spec, to_levels=levels)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +119,7 @@ class LSQActivations:
         features = math.prod(x.shape[1:]) if x.ndim > 1 else x.size
         scale = _scaled_gradient(learned["scale"], _factor(features, act.format))
         zero = self._zero(scale, learned)
-        return rounded_activation(x, Scales(scale, zero), act, summed)
+        return rounded_activation(x, Scales(scale, zero), act, summed, to_levels=True)
 
 
 def lsq() -> Estimator:
@@ -125,9 +127,10 @@ def lsq() -> Estimator:
 
     dL/ds = 1 / sqrt(N Q) sum dL/dy (l(v) - v, or l(v) where x is clipped),
 
-    N values that share the step, Q the highest level. It begins at what the observer finds: mse()
-    as in LSQ+, section 3.2. Activations must be static and calibrated (`prepare(..., like=...)`).
-    A step that descent takes to zero or below counts as 2^-126 until its gradient raises it again.
+    clipped from the outermost levels on, as dL/dx is. N values share the step, Q is the highest
+    level. It begins at what the observer finds: mse() as in LSQ+, section 3.2. Activations must be
+    static and calibrated (`prepare(..., like=...)`). A step that descent takes to zero or below
+    counts as 2^-126 until its gradient raises it again.
     Source: Esser et al. 2020, arXiv:1902.08153.
 
     >>> from quantjax import qat

@@ -168,11 +168,8 @@ def _quantized(x: FakeQuantized) -> Any:
     how = {"transform": affine.quantize_array, "spec": x.spec}
     q = on_shards(placement(x.value), apply_scales, value, scales, x.uniform, **how)
     act = Scales(x.act_scale, x.act_zero_point)
-    if (
-        x.act_learned is not None
-        and x.estimator is not None
-        and x.estimator.activations is not None
-    ):
-        act = x.estimator.activations.settled(x.act_learned, x.spec.act) or Scales(None)
+    own = None if x.estimator is None else x.estimator.activations
+    if own is not None and x.spec.act is not None:
+        act = own.settled(x.act_learned or {}, x.spec.act) or Scales(None)
     zero = _as_code(act.zero_point, x.spec.act)
     return dataclasses.replace(q, dtype=np.dtype(x.dtype), act_scale=act.scale, act_zero_point=zero)

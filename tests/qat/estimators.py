@@ -22,12 +22,12 @@ class Case(NamedTuple):
 
 
 def static(bits: int, *, signed: bool = False, symmetric: bool = True) -> QuantSpec:
-    """Of an activation, one calibrated scale."""
+    """Of an activation, one calibrated scale; some of it is clipped, as bounds learn from that."""
     return QuantSpec(
         format=qj.IntFormat(bits, signed=signed),
         block=Granularity.TENSOR,
         symmetric=symmetric,
-        observer=qj.mse() if symmetric else qj.percentile(95.0),
+        observer=qj.percentile(95.0),
         static=True,
     )
 
@@ -35,7 +35,21 @@ def static(bits: int, *, signed: bool = False, symmetric: bool = True) -> QuantS
 CASES = {
     "lsq": Case(qat.lsq(), ("w4", "w3", "w2", "w1"), static(4)),
     "lsq_plus": Case(qat.lsq_plus(), ("w4", "w2"), static(4, symmetric=False)),
+    "dorefa": Case(qat.dorefa(), ("w4", "w2", "w1"), static(4)),
+    "pact": Case(qat.pact(), ("w4",), static(4)),
+    "twn": Case(qat.twn(), ("ternary",)),
+    "ttq": Case(qat.ttq(), ("trained ternary",)),
+    "bitnet": Case(qat.bitnet(), ("ternary",), preset_spec("w8a8").act),
+    "binary_connect": Case(qat.binary_connect(), ("binary",)),
+    "xnor": Case(qat.xnor(), ("binary",)),
+    "ir_net": Case(qat.ir_net(), ("binary",)),
+    "paretoq": Case(qat.paretoq(), ("w4", "w2", "ternary", "binary")),
 }
+TRAINED_TERNARY = QuantSpec(format=qj.Codebook.learned(2), block=Granularity.TENSOR)
+
+
+def spec_of(name: str) -> QuantSpec:
+    return TRAINED_TERNARY if name == "trained ternary" else preset_spec(name)
 
 
 def normal(*shape: int, seed: int = 0) -> jax.Array:
@@ -55,9 +69,10 @@ X = normal(16, 6, seed=3)
 
 def prepared(case: Case, weights: str, *, apply=mlp, params=PARAMS, x=X):
     """The tree that is trained, its activations calibrated where they are static."""
-    spec = dataclasses.replace(preset_spec(weights), act=case.act)
+    spec = dataclasses.replace(spec_of(weights), act=case.act)
     policy = qj.Policy([("**/kernel", spec)])
     if case.act is not None and case.act.static:
         like = qj.calibrate(apply, params, [x], policy)
         return qat.prepare(params, like=like, estimator=case.estimator)
-    return qat.prepare(params, policy, estimator=case.estimator)
+    sites = qj.sites(apply, params, x)
+    return qat.prepare(params, policy, sites=sites, estimator=case.estimator)

@@ -31,11 +31,17 @@ OPTIMIZER = optax.partition(
 )
 
 
+def seen(tree):
+    """The weights as products see them."""
+    leaf = lambda x: fake_array(x) if is_quantized(x) else x  # noqa: E731
+    return jax.tree.map(leaf, tree, is_leaf=is_quantized)
+
+
 @jax.jit
 def step(tree, state):
     value, gradient = jax.value_and_grad(loss)(tree)
     updates, state = OPTIMIZER.update(gradient, state, tree)
-    return optax.apply_updates(tree, updates), state, value
+    return optax.apply_updates(tree, updates), state, value, seen(tree)
 
 
 def trained(tree, steps, state=None):
@@ -43,7 +49,7 @@ def trained(tree, steps, state=None):
     state = OPTIMIZER.init(tree) if state is None else state
     losses = []
     for _ in range(steps):
-        tree, state, value = step(tree, state)
+        tree, state, value, _ = step(tree, state)
         losses.append(float(value))
     return tree, state, losses
 
@@ -51,12 +57,6 @@ def trained(tree, steps, state=None):
 @functools.cache
 def after_steps(name, weights):
     return trained(prepared(CASES[name], weights), 3)[0]
-
-
-def seen(tree):
-    """The weights as products see them."""
-    leaf = lambda x: fake_array(x) if is_quantized(x) else x  # noqa: E731
-    return jax.tree.map(leaf, tree, is_leaf=is_quantized)
 
 
 def same(a, b):
@@ -67,8 +67,9 @@ def same(a, b):
 def test_what_was_trained_is_what_is_stored(name, weights, tmp_path):
     tree = after_steps(name, weights)
     stored = qat.finalize(tree)
-    same(qj.dequantize(stored), seen(tree))
-    same(qj.dequantize(jax.jit(qat.finalize)(tree)), jax.jit(seen)(tree))
+    in_training = step(tree, OPTIMIZER.init(tree))[3]
+    same(qj.dequantize(stored), in_training)
+    same(qj.dequantize(jax.jit(qat.finalize)(tree)), in_training)
     qj.save(tmp_path / "a.safetensors", stored)
     same(qj.load(tmp_path / "a.safetensors"), stored)
     assert qj.summary(stored).totals.bits_per_weight < 32

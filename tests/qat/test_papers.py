@@ -1,0 +1,220 @@
+"""Are value and gradient of each estimator those that its paper writes?
+
+The references are written anew from the papers, one column (one output) at a time, with
+w + stop_gradient(q - w) for straight-through and the derivatives of all else by JAX."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import quantjax as qj
+from quantjax import qat
+from quantjax.fake_quantized import fake_array
+from tests.qat.estimators import normal, spec_of, static
+
+W = jnp.array([[0.9, -0.2], [-1.4, 0.05], [0.3, 1.7], [-0.1, -0.6], [0.02, 0.4]])
+G = normal(5, 2, seed=9)
+
+
+def straight(x, y):
+    """y, as if it were x."""
+    return x + lax.stop_gradient(y - x)
+
+
+def scaled(s, factor):
+    return straight(s * factor, s)
+
+
+def lsq(w, learned, bits=3):
+    high = 2 ** (bits - 1) - 1
+    s = scaled(learned["scale"][0], 1 / np.sqrt(len(w) * high))
+    v = jnp.clip(w / s, -high, high)
+    return straight(v, jnp.round(v)) * s
+
+
+def seq(w, learned, k=4):
+    """ParetoQ's equation 7, its alpha k / 2 of our steps; three levels lie around zero."""
+    shift = 0.5 if k % 2 == 0 else 0.0
+    alpha = scaled(learned["scale"][0], 1 / np.sqrt(len(w) * (k - 1) / 2)) * k / 2
+    v = w / alpha * k / 2 - shift
+    nearest = jnp.clip(jnp.round(v), -(k - 1) / 2 - shift, (k - 1) / 2 - shift)
+    level = (straight(v, nearest) + shift) * 2 / k
+    # Where w is clipped the paper keeps the outermost level. The largest weight is alpha itself at
+    # first, and counts as inside.
+    outermost = (k - 1) / k * jnp.sign(w)
+    inside = jnp.abs(w) <= lax.stop_gradient(alpha)
+    return jnp.where(inside, level, outermost) * alpha
+
+
+def dorefa(w, learned, bits=2):
+    n = 2**bits - 1
+    t = jnp.tanh(w)
+    v = t / (2 * jnp.abs(t).max()) + 0.5
+    return 2 * straight(v, jnp.round(v * n) / n) - 1
+
+
+def one_bit_dorefa(w, learned):
+    return straight(w, jnp.abs(w).mean() * jnp.sign(w))
+
+
+def binary_connect(w, learned):
+    return straight(w, jnp.sign(w))
+
+
+def xnor(w, learned):
+    return jnp.abs(w).mean() * straight(jnp.clip(w, -1, 1), jnp.sign(w))
+
+
+def ir_net(w, learned):
+    v = (w - w.mean()) / jnp.sqrt(((w - w.mean()) ** 2).mean())
+    t = 0.1 * 100 ** learned.get("progress", 0.0)
+    soft = jnp.maximum(1 / t, 1) * jnp.tanh(t * v)  # whose derivative is k t (1 - tanh^2)
+    size = lax.stop_gradient(2 ** jnp.round(jnp.log2(jnp.abs(v).mean())))
+    return size * straight(soft, jnp.sign(v))
+
+
+def twn(w, learned):
+    kept = jnp.abs(w) > 0.7 * jnp.abs(w).mean()
+    alpha = jnp.abs(w[kept]).mean()
+    return straight(w, alpha * jnp.sign(w) * kept)
+
+
+def bitnet(w, learned):
+    gamma = jnp.abs(w).mean()
+    return straight(w, gamma * jnp.clip(jnp.round(w / gamma), -1, 1))
+
+
+PAPERS = {
+    "lsq": (qat.lsq(), "w3", lsq),
+    "paretoq 2 bits": (qat.paretoq(), "w2", seq),
+    "paretoq ternary": (qat.paretoq(), "ternary", functools.partial(seq, k=3)),
+    "dorefa": (qat.dorefa(), "w2", dorefa),
+    "dorefa 1 bit": (qat.dorefa(), "w1", one_bit_dorefa),
+    "binary_connect": (qat.binary_connect(), "binary", binary_connect),
+    "xnor": (qat.xnor(), "binary", xnor),
+    "ir_net": (qat.ir_net(), "binary", ir_net),
+    "twn": (qat.twn(), "ternary", twn),
+    "bitnet": (qat.bitnet(), "ternary", bitnet),
+}
+
+
+def leaf_of(estimator, weights):
+    spec = spec_of(weights)
+    tree = qat.prepare({"kernel": W}, qj.Policy([("kernel", spec)]), estimator=estimator)
+    return tree["kernel"]
+
+
+@pytest.mark.parametrize("name", PAPERS)
+@pytest.mark.parametrize("progress", [None, 0.7])
+def test_weights_and_their_gradients(name, progress):
+    estimator, weights, reference = PAPERS[name]
+    if progress is not None and name != "ir_net":
+        pytest.skip("does not change with the training")
+    leaf = leaf_of(estimator, weights)
+    if progress is not None:
+        leaf = qat.at(leaf, progress)
+    got = jax.grad(lambda x: jnp.sum(G * fake_array(x)))(leaf)
+    for column in range(W.shape[1]):
+        learned = {k: a[:, column] for k, a in leaf.learned.items()}
+        if progress is not None:
+            learned["progress"] = jnp.float32(progress)
+        w = W[:, column]
+        np.testing.assert_allclose(
+            fake_array(leaf)[:, column], reference(w, learned), rtol=1e-5, atol=1e-6
+        )
+        by_w, by_learned = jax.grad(
+            lambda w, learned, g=G[:, column]: jnp.sum(g * reference(w, learned)), (0, 1)
+        )(w, learned)
+        np.testing.assert_allclose(got.value[:, column], by_w, rtol=1e-4, atol=1e-5)
+        for key in leaf.learned:
+            np.testing.assert_allclose(
+                got.learned[key][:, column], by_learned[key], rtol=1e-4, atol=1e-5
+            )
+
+
+def test_trained_ternary():
+    leaf = leaf_of(qat.ttq(), "trained ternary")
+    w, g = np.asarray(W), np.asarray(G)
+    bound = 0.05 * np.abs(w).max()
+    up, down = w > bound, w < -bound
+    positive, negative = w[up].mean(), -w[down].mean()
+    want = np.where(up, positive, np.where(down, -negative, 0))
+    np.testing.assert_allclose(fake_array(leaf), want, rtol=1e-6)
+    got = jax.grad(lambda x: jnp.sum(G * fake_array(x)))(leaf)
+    np.testing.assert_allclose(got.learned["positive"], g[up].sum(), rtol=1e-5)
+    np.testing.assert_allclose(got.learned["negative"], -g[down].sum(), rtol=1e-5)
+    slope = np.where(up, positive, np.where(down, negative, 1))
+    np.testing.assert_allclose(got.value, g * slope, rtol=1e-5)
+
+
+X = jnp.array([[-0.4, 0.3, 1.1, 2.6], [0.9, 5.0, 0.05, 1.9]])
+GX = normal(2, 4, seed=8)
+
+
+def lsq_activation(x, learned, bits=3):
+    high = 2**bits - 1
+    s = scaled(learned["scale"], 1 / np.sqrt(x.shape[1] * high))
+    v = jnp.clip(x / s, 0, high)
+    return straight(v, jnp.round(v)) * s
+
+
+def lsq_plus_activation(x, learned, bits=3):
+    """Equation 3, beta at a multiple of s; its gradient to s holds beta too."""
+    high = 2**bits - 1
+    s = scaled(learned["scale"], 1 / np.sqrt(x.shape[1] * high))
+    zero = straight(-learned["offset"] / s, jnp.round(-learned["offset"] / s))
+    v = x / s + zero
+    clipped = straight(jnp.clip(v, 0, high), jnp.round(jnp.clip(v, 0, high)))
+    return (clipped - zero) * s
+
+
+def pact(x, learned, bits=3):
+    bound, n = learned["bound"], 2**bits - 1
+    y = jnp.where(x < bound, jnp.maximum(x, 0), bound)
+    return straight(y, jnp.round(y * n / bound) * bound / n)
+
+
+def dorefa_activation(x, learned, bits=3):
+    n = 2**bits - 1
+    y = jnp.clip(x, 0, 1)
+    return straight(y, jnp.round(y * n) / n)
+
+
+ACTIVATIONS = {
+    "lsq": (qat.lsq(), lsq_activation, {"scale": 0.31}),
+    "lsq_plus": (qat.lsq_plus(), lsq_plus_activation, {"scale": 0.31, "offset": -0.7}),
+    "pact": (qat.pact(), pact, {"bound": 2.2}),
+    "dorefa": (qat.dorefa(), dorefa_activation, {}),
+}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_and_their_gradients(name):
+    estimator, reference, learned = ACTIVATIONS[name]
+    learned = {k: jnp.float32(v) for k, v in learned.items()}
+    act = static(3, symmetric=name != "lsq_plus")
+
+    def ours(x, learned):
+        return estimator.activations(x, learned, act, [1], None)
+
+    np.testing.assert_allclose(ours(X, learned), reference(X, learned), rtol=1e-5, atol=1e-6)
+    got, want = (
+        jax.grad(lambda x, p, f=f: jnp.sum(GX * f(x, p)), (0, 1))(X, learned)
+        for f in (ours, reference)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, want)
+
+
+def test_a_step_below_zero_is_kept_above_and_grows_again():
+    leaf = leaf_of(qat.lsq(), "w3")
+    below = {"scale": -leaf.learned["scale"]}
+    leaf = dataclasses.replace(leaf, learned=below)
+    assert np.isfinite(fake_array(leaf)).all()
+    down = jax.grad(lambda x: jnp.sum(fake_array(x) * jnp.sign(W)))(leaf).learned["scale"]
+    up = jax.grad(lambda x: -jnp.sum(fake_array(x) * jnp.sign(W)))(leaf).learned["scale"]
+    assert (down == 0).all() and (up < 0).all()  # descent on the second raises the step
