@@ -124,8 +124,8 @@ def test_drops_the_rounding_of_a_share_of_the_elements() -> None:
     spec = QuantSpec(format=IntFormat(4), block=Granularity.TENSOR)
     given = Scales(jnp.float32(0.2))
     rule = LearnedActivation(0.25)
-    rounded = rule(x, spec, given, [1], None)
-    dropped = rule(x, spec, given, [1], jax.random.key(1))
+    rounded = rule(x, given, spec, [1], None)
+    dropped = rule(x, given, spec, [1], jax.random.key(1))
     assert ((dropped == x) | (dropped == rounded)).all()
     share = float((dropped == x).mean())
     assert abs(share - 0.25) < 5 * np.sqrt(0.25 * 0.75 / x.size)  # five standard deviations
