@@ -49,14 +49,14 @@ class Way(NamedTuple):
     activations: bool = False
 
 
+def _with_observer(policy: qj.Policy, observer: qj.Observer) -> qj.Policy:
+    rules = [(p, s and dataclasses.replace(s, observer=observer)) for p, s in policy.rules]
+    return qj.Policy(rules)
+
+
 def observed_by(observer: qj.Observer) -> Way:
     """Rounding to nearest, with the scales that the observer finds of the weights."""
-
-    def make(policy: qj.Policy) -> qj.Policy:
-        rules = policy.rules
-        return qj.Policy([(p, s and dataclasses.replace(s, observer=observer)) for p, s in rules])
-
-    return Way(make, sampled=False)
+    return Way(lambda policy: _with_observer(policy, observer), sampled=False)
 
 
 def of_peer(make: Callable[..., Made], *, sampled: bool = False, **options: Any) -> Way:
@@ -68,6 +68,8 @@ OURS: dict[str, Way] = {
     "absmax": observed_by(qj.absmax()),
     "mse": observed_by(qj.mse()),
     "hqq": Way(ptq.hqq, sampled=False),
+    # As in its paper; the presets' observer of few bits is the MSE search.
+    "hqq, whole range": Way(lambda p: ptq.hqq(_with_observer(p, qj.absmax())), sampled=False),
     "rtn, outputs": Way(ptq.rtn),
     "awq": Way(ptq.awq),
     "smoothquant": Way(ptq.smoothquant, activations=True),
