@@ -57,11 +57,12 @@ def methods_by_formats(
     return Table(("method", *formats), lines, [f"{v}, {k}" for k, v in letters.items()])
 
 
-def lost(payload: Mapping[str, Any], **where: Any) -> Table:
-    """Points of accuracy lost against the float network, in the rows with these values."""
+def lost(payload: Mapping[str, Any], methods: Sequence[str] | None = None, **where: Any) -> Table:
+    """Points of accuracy lost against the float network, in the rows with these values; of some
+    methods, or all."""
     of_network = {k: v for k, v in where.items() if k in ("network", "trained")}
     top = next(r for r in _with(payload["rows"], **of_network) if r["method"] == "float")
-    rows = [r for r in _with(payload["rows"], **where) if r["method"] != "float"]
+    rows = _of(methods, _with(payload["rows"], **where))
     table = methods_by_formats(rows, lambda row: 100 * (top["accuracy"] - row["accuracy"]))
     blanks = ("",) * (len(table.columns) - 2)
     head = (f"float32, accuracy {100 * top['accuracy']:.2f} %", "0", *blanks)
@@ -84,9 +85,16 @@ def costs(payload: Mapping[str, Any], **where: Any) -> Table:
     return Table(("method", "seconds", "processor seconds", "peak memory, MB"), lines, [])
 
 
-def divergence(payload: Mapping[str, Any], field: str, digits: int, *, embedding: bool) -> Table:
+def divergence(
+    payload: Mapping[str, Any],
+    field: str,
+    digits: int,
+    *,
+    embedding: bool,
+    methods: Sequence[str] | None = None,
+) -> Table:
     """Of the language model: a field of every row, or of its variant whose embedding has 8 bits."""
-    rows = [row for row in payload["rows"] if row["method"] != "float"]
+    rows = _of(methods, payload["rows"])
 
     def value(row: Row) -> float:
         return (row["embedding_8_bits"] if embedding else row)[field]
@@ -107,6 +115,15 @@ def allocations(payload: Mapping[str, Any], network: str) -> Table:
         lines.append((budget, f"{size / 1000:.1f}", *accuracy, *kl))
     columns = ("bytes of", "kB", *(f"{w}, %" for w in ways), *(f"{w}, KL" for w in ways))
     return Table(columns, lines, [])
+
+
+def _of(methods: Sequence[str] | None, rows: Iterable[Row]) -> list[Row]:
+    """The rows of these methods, or of all but the float network."""
+    return [
+        row
+        for row in rows
+        if row["method"] != "float" and (methods is None or row["method"] in methods)
+    ]
 
 
 def _place(format: str) -> tuple[bool, list[int]]:
