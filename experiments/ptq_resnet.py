@@ -42,11 +42,12 @@ IMAGES, BATCH = 1024, 128
 class Way(NamedTuple):
     """make: of a policy, the method, or another policy for plain rounding, or what another package
     makes of a network. sampled: whether the calibration images matter. activations: whether it is
-    about activations alone."""
+    about activations alone. peer: whether it is another package's."""
 
     make: Callable[[qj.Policy], Any]
     sampled: bool = True
     activations: bool = False
+    peer: bool = False
 
 
 def _with_observer(policy: qj.Policy, observer: qj.Observer) -> qj.Policy:
@@ -61,7 +62,7 @@ def observed_by(observer: qj.Observer) -> Way:
 
 def of_peer(make: Callable[..., Made], *, sampled: bool = False, **options: Any) -> Way:
     """What another package makes of the network under the policy."""
-    return Way(lambda policy: functools.partial(make, policy, **options), sampled)
+    return Way(lambda policy: functools.partial(make, policy, **options), sampled, peer=True)
 
 
 OURS: dict[str, Way] = {
@@ -170,7 +171,7 @@ def measured(
         params = fold(judge.apply, params, images[0])
 
     def quantized() -> Any:
-        if callable(method):
+        if way.peer:
             return method(Network(judge.model, params, images))
         if isinstance(method, qj.Policy) and not static:
             return qj.quantize(params, method)

@@ -117,6 +117,15 @@ def test_a_row_of_predictions_is_judged_by_what_made_them(judge, resnet):
     assert row["package"] == "fours 1.0"
 
 
+@pytest.mark.parametrize("name", ["mse", "hqq, whole range"])
+def test_a_row_of_ours_stands_beside_them(name, judge, resnet):
+    policy = ptq_resnet.policy("w4", "low")
+    way = ptq_resnet.METHODS[name]
+    row = ptq_resnet.measured(judge, resnet.params, way, policy, False, resnet.batches)
+    assert 0 <= row["accuracy"] <= 1 and "package" not in row
+    assert row["bits_per_weight"] < 32 and row["cpu_seconds"] > 0
+
+
 def test_bits_of_a_peer_count_what_those_of_ours_do(resnet):
     policy = ptq_resnet.policy("w4", "8 bits")
     tree = qj.quantize(resnet.params, policy)
