@@ -3,6 +3,7 @@
 from quantjax.fake_quantized import FakeQuantized
 from quantjax.ops import Backward
 from quantjax.qat.binary import binary_connect, clip_values, xnor
+from quantjax.qat.distill import attention_transfer, distill_loss, hint_loss
 from quantjax.qat.dorefa import dorefa
 from quantjax.qat.estimator import ActivationEstimator, Estimator, WeightEstimator
 from quantjax.qat.guard import guard, refuse_quantized
@@ -13,6 +14,7 @@ from quantjax.qat.pact import pact
 from quantjax.qat.paretoq import paretoq
 from quantjax.qat.prepare import finalize, prepare
 from quantjax.qat.progress import at
+from quantjax.qat.teacher import StoredLogits, load_logits, store_logits
 from quantjax.qat.ternary import bitnet, twn
 from quantjax.qat.ttq import ttq
 
@@ -21,22 +23,28 @@ __all__ = [
     "Backward",
     "Estimator",
     "FakeQuantized",
+    "StoredLogits",
     "WeightEstimator",
     "at",
+    "attention_transfer",
     "binary_connect",
     "bitnet",
     "clip_values",
+    "distill_loss",
     "dorefa",
     "finalize",
     "guard",
+    "hint_loss",
     "ir_net",
     "labels",
+    "load_logits",
     "lsq",
     "lsq_plus",
     "pact",
     "paretoq",
     "prepare",
     "refuse_quantized",
+    "store_logits",
     "ttq",
     "twn",
     "xnor",
