@@ -24,7 +24,7 @@ def reshape(x: Scale, old: Shape, new: Shape) -> Scale:
     if 0 in old:
         return x.map(lambda a: a.ravel()[:1].reshape((1,) * len(new)))
     lengths, target = list(x.shape), [1] * len(new)
-    for before, after in _groups(old, new):
+    for before, after in groups(old, new):
         if any(lengths[a] > 1 for a in before):
             for a in before:
                 lengths[a] = old[a]
@@ -33,7 +33,7 @@ def reshape(x: Scale, old: Shape, new: Shape) -> Scale:
     return compact(x.map(lambda a: np.broadcast_to(a, lengths).reshape(target)))
 
 
-def _groups(old: Shape, new: Shape) -> list[tuple[list[int], list[int]]]:
+def groups(old: Shape, new: Shape) -> list[tuple[list[int], list[int]]]:
     """The axes, of length above one, that a reshape merges and splits together."""
     left = [a for a, n in enumerate(old) if n > 1]
     right = [a for a, n in enumerate(new) if n > 1]
