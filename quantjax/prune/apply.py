@@ -33,7 +33,8 @@ def apply(tree: Any, masks: Any) -> Any:
     without `masked`. It also checks: raises ValueError, naming the leaf and its format, where zero
     is no level (half-integer levels, codebooks without 0, zero points between codes) or something
     is added to it (low-rank factors), and for a mask that does not fit its leaf. Under jit a zero
-    point is taken for a code, and a learned codebook raises, as its levels can not be looked at.
+    point is taken for a code; learned codebooks and leaves with an estimator raise, as what they
+    make of zero can not be looked at: use `masked`, and ask once outside.
 
     >>> from quantjax import quantize, dequantize
     >>> q = quantize({"w": jnp.array([[1.0, -2.0]])}, "w4")
@@ -65,7 +66,8 @@ def pruned(name: str, x: Any, mask: Bool[Array, "*n"]) -> Any:
         if np.any(np.asarray(values)[~np.asarray(mask)] != 0):
             raise ValueError(
                 f"{name}: a mask needs an exact zero, and {x.format} gives another value for it "
-                f"here: a scale is not finite, or a zero point lies beyond the codes."
+                f"here: an estimator moves it, a scale is not finite, or a zero point lies beyond "
+                f"the codes."
             )
     return new
 
@@ -74,12 +76,16 @@ def _without_zero(x: Any) -> str:
     """Why zero is no value of a quantized leaf; empty if it is one."""
     if isinstance(x.format, ExponentFormat):
         return "it holds bare scales"
+    if not is_learned(x.format) and not getattr(x.format, "has_zero", True):
+        return "0 lies between its levels"
+    if isinstance(x, FakeQuantized) and x.estimator is not None and x.estimator.weights is not None:
+        # Some shift the weights before they round; then the values themselves tell.
+        known = all(map(is_known, jax.tree.leaves(x)))
+        return "" if known else "what its estimator makes of 0 is not known under jit"
     if is_learned(x.format):
         if not is_known(x.codebook):
             return "its learned levels are not known under jit"
         return "" if (np.asarray(x.codebook) == 0).any(-1).all() else "no learned level is 0"
-    if not getattr(x.format, "has_zero", True):
-        return "0 lies between its levels"
     if isinstance(x, QTensor) and x.left is not None:
         return "low-rank factors are added to every weight"
     zero = x.zero_point

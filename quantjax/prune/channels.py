@@ -19,7 +19,8 @@ from quantjax.interpret.intercept import is_array, sites
 from quantjax.interpret.program import Key, flatten
 from quantjax.paths import named_leaves
 from quantjax.prune.select import matching
-from quantjax.prune.widths import FIXED, Axes, Ties, Widths
+from quantjax.prune.ties import FIXED, Ties
+from quantjax.prune.widths import Axes, Widths
 
 
 class Cut(NamedTuple):
@@ -230,7 +231,9 @@ def _without(found: _Found, params: Any, gone: set[int]) -> Cut:
     """The parameters without these channels."""
     named, structure = named_leaves(params)
     out = np.fromiter(gone, np.int64, len(gone))
-    smaller, masks, widths = [], [], {}
+    smaller: list[Any] = []
+    masks: list[Any] = []
+    widths: dict[str, tuple[int, ...]] = {}
     for name, leaf in named:
         keys = [key for key in found.leaves if key[0] == name]
         kept = {

@@ -223,6 +223,19 @@ def test_zero_points_between_codes_and_low_rank_factors_raise():
         prune.apply({"kernel": low}, masks)
 
 
+def test_what_an_estimator_makes_of_zero_is_looked_at():
+    masks = {"kernel": jnp.arange(16).reshape(4, 4) % 2 == 0}
+    params = {"kernel": normal(4, 4)}
+    tree = qat.prepare(params, "w4", estimator=qat.lsq())
+    values = qj.dequantize(qat.finalize(prune.apply(tree, masks)))["kernel"]
+    assert not np.asarray(values)[~np.asarray(masks["kernel"])].any()
+    with pytest.raises(ValueError, match="its estimator makes of 0 is not known under jit"):
+        jax.jit(prune.apply)(tree, masks)
+    tree = qat.prepare(params, "binary", estimator=qat.ir_net())
+    with pytest.raises(ValueError, match="kernel: a mask needs an exact zero"):
+        prune.apply(tree, masks)
+
+
 BAD = {
     "shape": (lambda w: prune.apply(w, {"a": {"kernel": jnp.ones((6, 8), bool)}}),
               r"a/kernel: expected a mask of shape \(8, 6\), got \(6, 8\)"),
