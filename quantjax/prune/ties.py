@@ -1,4 +1,4 @@
-"""Which of many channels are one, and which can not go? Union-find, with the reason of what stays."""
+"""Which of many channels are one, and which can not go? Union-find, with why something stays."""
 
 import numpy as np
 
