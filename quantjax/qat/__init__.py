@@ -14,6 +14,8 @@ from quantjax.qat.pact import pact
 from quantjax.qat.paretoq import paretoq
 from quantjax.qat.prepare import finalize, prepare
 from quantjax.qat.progress import at
+from quantjax.qat.quantize_gradients import quantize_gradients
+from quantjax.qat.quantize_state import quantize_state
 from quantjax.qat.teacher import StoredLogits, load_logits, store_logits
 from quantjax.qat.ternary import bitnet, twn
 from quantjax.qat.ttq import ttq
@@ -43,6 +45,8 @@ __all__ = [
     "pact",
     "paretoq",
     "prepare",
+    "quantize_gradients",
+    "quantize_state",
     "refuse_quantized",
     "store_logits",
     "ttq",
