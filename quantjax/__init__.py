@@ -1,6 +1,6 @@
 """quantjax: compress JAX models by quantizing their parameter trees."""
 
-from quantjax import ptq
+from quantjax import lora, ptq
 from quantjax.allocate import allocate_bits, sensitivity
 from quantjax.formats import Codebook, FloatFormat, IntFormat, Levels
 from quantjax.interpret import calibrate, intercept, register_rule, sites
@@ -36,6 +36,7 @@ __all__ = [
     "fake_quantize",
     "intercept",
     "load",
+    "lora",
     "minmax",
     "mse",
     "percentile",

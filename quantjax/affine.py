@@ -220,25 +220,25 @@ def dequantize_array(q: QTensor) -> jax.Array:
     x = _values(codes_of(q), scales_of(q), q.format, q.block, np.dtype(np.float32))
     if q.input_scale is not None:
         x = x * q.input_scale.astype(jnp.float32)
-    if q.left is not None:
+    if q.left is not None and q.right is not None:
         # The choice, always of x, keeps compilers from making one operation of the product above
         # and this sum, which rounds once and not twice. They look through an optimization barrier.
-        x = jnp.where(jnp.isnan(x), np.float32(np.nan), x) + low_rank_values(q)
+        x = jnp.where(jnp.isnan(x), np.float32(np.nan), x) + low_rank_values(q.left, q.right)
     return x.astype(q.dtype)
 
 
-def low_rank_values(q: QTensor) -> Float[Array, "*#n"]:
-    """left @ right of a quantized array that has them, in float32: broadcastable to its shape.
+def low_rank_values(left: Float[Array, "*l r"], right: Float[Array, "*m r"]) -> Float[Array, "*#n"]:
+    """left @ right of the factors of a quantized array, in float32: broadcastable to its shape.
 
     A float product: the same bits jitted or not, but a part of the array, such as the shard of one
     device, may be summed in another order."""
-    assert q.left is not None and q.right is not None
-    axes = list(range(q.ndim))
+    rank = left.ndim - 1
+    axes = list(range(rank))
     operands: list[Any] = []
-    for factor in (q.left, q.right):
+    for factor in (left, right):
         kept = [a for a in axes if factor.shape[a] != 1]
-        operands += [factor.reshape([factor.shape[a] for a in (*kept, -1)]), [*kept, q.ndim]]
-    lengths = [max(q.left.shape[a], q.right.shape[a]) for a in axes]
+        operands += [factor.reshape([factor.shape[a] for a in (*kept, -1)]), [*kept, rank]]
+    lengths = [max(left.shape[a], right.shape[a]) for a in axes]
     y = jnp.einsum(
         *operands,
         [a for a in axes if lengths[a] != 1],

@@ -182,7 +182,7 @@ def _quantized_dot(
         y = weight_only_dot(x if act is None else act.fake(x, numbers[0][0]), q, numbers)
         return f"{lowering}; {FROM_CODES}", _in_view_axes(y, w, side, summed, shared, out)
     if act is None:
-        return lowering, None
+        return lowering, _beside_floats(eqn, inputs, side, taken)
     operands = [w.array(), w.array()]
     operands[1 - side] = _faked(act, taken, inputs[1 - side], summed[1 - side])
     return lowering, compat.rebind(eqn, operands)[0]
@@ -191,6 +191,21 @@ def _quantized_dot(
 def _faked(act: Rounded, taken: Taken, x: Any, summed: Sequence[int]) -> jax.Array:
     """The activation as the product sees it, in floats of the dtype that it had."""
     return act.fake(taken.activation, summed).astype(x.dtype)
+
+
+def _beside_floats(eqn: Any, inputs: Sequence[Any], side: int, taken: Taken) -> jax.Array | None:
+    """The float product of a parameter without its low-rank term, where that is `taken` apart; None
+    where there is none, or the model asks for the highest precision.
+
+    To make one array of both would be as exact; but then the gradient of thin factors takes a
+    product that makes one of the whole array."""
+    if taken.term is None or keeps_floats(eqn):
+        return None
+    whole = inputs[side]
+    operands = list(inputs)
+    without = dataclasses.replace(whole.value, left=None, right=None)
+    operands[side] = dataclasses.replace(whole, value=without).array()
+    return compat.rebind(eqn, operands)[0]
 
 
 def _in_leaf_axes(
@@ -232,6 +247,16 @@ def _in_view_axes(
     return y.reshape(out.shape).astype(out.dtype)
 
 
+def _floats(eqn: Any, inputs: Sequence[Any]) -> tuple[str, jax.Array | None, int]:
+    """Of a float activation and a quantized parameter, the second operand: how their product is
+    computed, the product, None where it is the original one, and the flops of the term beside."""
+    taken = taken_apart(eqn, inputs, 1)
+    result = _beside_floats(eqn, inputs, 1, taken)
+    if result is None:
+        return DEQUANTIZED, None, 0
+    return f"{DEQUANTIZED}{taken.note}", taken.finish(result), taken.flops
+
+
 def convolution(machine: Any, eqn: Any, inputs: Sequence[Any], place: Place) -> list[Any] | None:
     """Any convolution: in integers where both sides are and it pays, else on dequantized weights;
     the image is rounded with one scale an example, or one in all."""
@@ -244,6 +269,8 @@ def convolution(machine: Any, eqn: Any, inputs: Sequence[Any], place: Place) -> 
     act, lowering, result, term = rounded_activation(eqn, kernel), DEQUANTIZED, None, 0
     if kernel.trained is not None:
         result = _trained(eqn, inputs, 1, act, params.summed)
+    elif act is None and kernel.quantized:
+        lowering, result, term = _floats(eqn, inputs)
     elif act is not None:
         taken = taken_apart(eqn, inputs, 1)
         q, x = as_qtensor(taken.leaf), taken.activation
@@ -331,6 +358,8 @@ def ragged_dot(machine: Any, eqn: Any, inputs: Sequence[Any], place: Place) -> l
     act, lowering, result, term = rounded_activation(eqn, experts), DEQUANTIZED, None, 0
     if experts.trained is not None:
         result = _trained(eqn, inputs, 1, act, summed_tokens)
+    elif act is None and experts.quantized:
+        lowering, result, term = _floats(eqn, inputs)
     elif act is not None:
         taken = taken_apart(eqn, inputs, 1)
         q, x = as_qtensor(taken.leaf), taken.activation

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from quantjax.paths import path_name
+from quantjax.fake_quantized import is_quantized
+from quantjax.paths import named_leaves, path_name
 from quantjax.qat.dynamic_map import dynamic_map, linear_map
-from quantjax.qat.guard import refuse_quantized
+from quantjax.qat.labels import FIXED, labels
 from quantjax.qat.moment import Moment, again, by_axes, by_block, has_few_maxima
 from quantjax.qat.optional import need_optax
 
@@ -65,11 +66,13 @@ def quantize_state(
     Returns a `GradientTransformationExtraArgs` with a `QuantizedState`. It stands in `chain`,
     `partition`, `inject_hyperparams`, `apply_if_finite` (which keeps the state where a gradient is
     not finite, and counts) and `MultiSteps`, and around all of them but the last: its sum of
-    gradients is no moment, and ValueError says so. Arrays that follow the parameters but are
-    weights themselves, as the z of `schedule_free`, would be rounded too. NaN in a block makes the
-    block NaN. A sharded array is flattened, so its state is gathered.
+    gradients is no moment, and ValueError says so. `prune.masked` goes inside it. Arrays that
+    follow the parameters but are weights themselves, as the z of `schedule_free`, would be rounded
+    too. NaN in a block makes the block NaN. A sharded array is flattened, so its state is gathered.
 
-    init raises ValueError, naming the leaves, if the parameters or the state are quantized already.
+    Of a tree of FakeQuantized leaves it takes what `optax.partition(..., qat.labels)` gives it.
+    init raises ValueError, naming the leaf, for codes and given scales among the parameters, and
+    for a state that is quantized already.
     Raises ValueError for bits other than 8 and 4, block or min_size below 1; TypeError for anything
     but an optax GradientTransformation; ImportError without optax.
 
@@ -110,7 +113,7 @@ def quantize_state(
         return by_block(x, dynamic_map(bits, signed=not never_negative), block)
 
     def init(params: Any) -> QuantizedState:
-        refuse_quantized(params, "quantize_state(optimizer).init")
+        _refuse_fixed(params)
         state = inner.init(params)
         _refuse(state, optax)
         step = None if key is None else jnp.zeros((), jnp.int32)
@@ -161,6 +164,17 @@ class _Copy:
 
 def _by_name(path: str) -> bool:
     return path.rsplit("/", 1)[-1] in NONNEGATIVE
+
+
+def _refuse_fixed(params: Any) -> None:
+    """Raises ValueError for quantized leaves, unless what is not trained of them is masked out."""
+    for name, leaf in named_leaves(params)[0]:
+        if is_quantized(leaf) and FIXED in jax.tree.leaves(labels(leaf)):
+            raise ValueError(
+                f"quantize_state(optimizer).init: {name} ({leaf.format}) is quantized, and codes "
+                f"and given scales are not trained. Train float parameters, or give this optimizer "
+                f"the weights of the tree alone: optax.partition(..., qat.labels)."
+            )
 
 
 def _refuse(state: Any, optax: Any) -> None:

@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import quantjax as qj
+from quantjax import prune, qat
 from quantjax.qat import quantize_state
 from quantjax.qat.dynamic_map import dynamic_map, linear_map
 from quantjax.qat.moment import Moment, by_axes
@@ -206,6 +207,34 @@ def test_with_other_transformations(name):
     shapes = [x.shape for x in jax.tree.leaves(restored)]
     extra = [()] if name == "a key" else []
     assert sorted(shapes) == sorted([x.shape for x in jax.tree.leaves(whole)] + extra)
+
+
+def test_the_weights_of_a_tree_with_an_estimator():
+    """What optax.partition gives it of FakeQuantized leaves: their values. The whole tree, in which
+    there are given scales too, is refused."""
+    tree = qat.prepare(PARAMS, "w4", estimator=qat.lsq())
+    rates = {"weights": small(optax.adamw(1e-3)), "learned": optax.adam(1e-4),
+             "fixed": optax.set_to_zero()}  # fmt: skip
+    optimizer = optax.partition(rates, qat.labels)
+    state = optimizer.init(tree)
+    updates, state = jax.jit(optimizer.update)(jax.tree.map(jnp.ones_like, tree), state, tree)
+    assert [m.shape for m in moments(state)] == [(9, 16)] * 2
+    assert float(jnp.abs(updates["kernel"].value).min()) > 0.5e-3
+    plain = qat.prepare(PARAMS, "w4")
+    with pytest.raises(ValueError, match=r"kernel \(int4\) is quantized.*qat.labels"):
+        small(optax.adam(1e-3)).init(plain)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_pruned_weights_stay_pruned(bits):
+    masks = {"kernel": jnp.asarray(normal(9, 16) > 0)}
+    optimizer = small(prune.masked(optax.adamw(1e-2), masks), bits=bits)
+    params, state = PARAMS, optimizer.init(PARAMS)
+    for seed in range(3):
+        g = {"kernel": normal(9, 16, seed=seed), "bias": normal(3, seed=seed)}
+        updates, state = optimizer.update(jax.tree.map(jnp.asarray, g), state, params)
+        params = optax.apply_updates(params, updates)
+    np.testing.assert_array_equal(params["kernel"] != 0, masks["kernel"])
 
 
 def test_dtypes_stay():
