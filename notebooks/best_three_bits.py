@@ -71,28 +71,21 @@ optimizer = optax.adam(3e-3)
 
 
 @jax.jit
-def epoch(variables, state, key):
-    def step(carry, rows):
-        variables, state = carry
+def step(variables, state, x, y):
+    def loss(params):
+        tree = {**variables, "params": params}
+        logits, new = model.apply(tree, x, train=True, mutable=["batch_stats"])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean(), new
 
-        def loss(params):
-            tree = {**variables, "params": params}
-            logits, new = model.apply(tree, train_x[rows], train=True, mutable=["batch_stats"])
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, train_y[rows])
-            return losses.mean(), new
-
-        grads, new = jax.grad(loss, has_aux=True)(variables["params"])
-        updates, state = optimizer.update(grads, state)
-        params = optax.apply_updates(variables["params"], updates)
-        return ({"params": params, **new}, state), None
-
-    rows = jax.random.permutation(key, 1344).reshape(-1, 64)
-    return jax.lax.scan(step, (variables, state), rows)[0]
+    grads, new = jax.grad(loss, has_aux=True)(variables["params"])
+    updates, state = optimizer.update(grads, state)
+    return {"params": optax.apply_updates(variables["params"], updates), **new}, state
 
 
 state = optimizer.init(variables["params"])
 for key in jax.random.split(jax.random.key(SEED + 1), 12):
-    variables, state = epoch(variables, state, key)
+    for rows in jax.random.permutation(key, 1344).reshape(-1, 64):
+        variables, state = step(variables, state, train_x[rows], train_y[rows])
 
 
 @partial(jax.jit, static_argnums=0)
@@ -169,7 +162,7 @@ assert min(map(divergence, trees.values())) < 0.5 * divergence(trees["nearest, a
 uniform = trees["gptq"]
 budget = sum(leaf.nbytes for leaf in jax.tree.leaves(uniform))  # of the whole tree
 found = qj.allocate_bits(report, budget)
-print(found)
+print(found.formats, f"predicted loss {found.loss:.4f}")
 mixed = qj.calibrate(model.apply, variables, batches, ptq.gptq(found.policy))
 print(qj.summary(mixed, reference=variables))
 print(f"uniform {divergence(uniform):.4f}, allocated {divergence(mixed):.4f} at {budget:,} bytes")

@@ -23,7 +23,7 @@ from quantjax.formats import (
 )
 from quantjax.kmeans import fit_levels
 from quantjax.spec import QuantSpec
-from tests.daily import dealt
+from tests.daily import daily, dealt
 
 ALL_INTS = [
     IntFormat(bits, signed, levels)
@@ -267,9 +267,12 @@ def test_kmeans_is_as_good_as_a_slow_lloyd(bits, weighted):
     assert (w * (v - levels[near]) ** 2).sum() <= 1.02 * best
 
 
-@pytest.mark.parametrize("bits, floor", [(2, 0.1175), (3, 0.0345), (4, 0.0095), (5, 0.0025)])
-def test_kmeans_reaches_the_lloyd_max_floor(bits, floor):
+@pytest.mark.parametrize(
+    "case", daily([(2, 0.1175), (3, 0.0345), (4, 0.0095), (5, 0.0025)], [(3, 0.0345)])
+)
+def test_kmeans_reaches_the_lloyd_max_floor(case):
     """Max 1960, "Quantizing for minimum distortion", table I: mean squared error for N(0, 1)."""
+    bits, floor = case
     x = jnp.asarray(normal_quantiles(100_000), jnp.float32)
     spec = QuantSpec(format=Codebook.learned(bits), block=(None,))
     y = affine.fake_quantize_array(x, affine.find_scales(x, spec), spec=spec)

@@ -85,6 +85,7 @@ def test_queries_of_a_group_share_their_key_and_value_head(params, tokens):
     )
 
 
+@pytest.mark.full
 def test_mixed_products_are_near_and_have_near_gradients(params, tokens):
     @partial(jax.jit, static_argnums=1)
     def loss(params, config):

@@ -69,6 +69,7 @@ def test_perturbation_is_what_an_evaluation_gives():
         assert row.cell("float").loss == 0
 
 
+@pytest.mark.full
 def test_perturbation_takes_the_loss_it_is_given():
     params, batches = mlp(), [(x, x[:, :6]) for x in inputs()]
 

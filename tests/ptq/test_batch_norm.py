@@ -132,7 +132,7 @@ MODELS = {
 }
 
 
-FULL_ONLY = ("resnet", "by hand, turned")
+FULL_ONLY = ("resnet", "nnx", "haiku", "by hand, turned")
 
 
 @pytest.fixture(scope="module", params=daily(MODELS, set(MODELS) - set(FULL_ONLY)))

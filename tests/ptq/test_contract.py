@@ -50,7 +50,7 @@ REFUSED = {  # (method, format): what the error says
     **{("hqq", f): "HQQ needs integers" for f in ("nf4", "kmeans3", "e4m3", "mxfp4", "nvfp4")},
 }
 CELLS = [
-    pytest.param(m, f, id=f"{m}-{f}", marks=[] if (i + 2 * j) % 14 == 0 else pytest.mark.full)
+    pytest.param(m, f, id=f"{m}-{f}", marks=[] if (i + 2 * j) % 28 == 0 else pytest.mark.full)
     for i, m in enumerate(METHODS)
     for j, f in enumerate(FORMATS)
 ]
@@ -146,13 +146,12 @@ def test_a_second_call_compiles_nothing(name):
 def test_odd_weights_are_finite(name):
     params = {
         "zero": {"kernel": jnp.zeros((4, 3))},
-        "constant": {"kernel": jnp.full((3, 5), 0.3)},
-        "one": {"kernel": jnp.ones((5, 1)), "scale": jnp.ones(1)},
+        "constant": {"kernel": jnp.full((3, 1), 0.3)},
         "last": {"kernel": jnp.full((1, 1), -2.0)},
     }
 
     def apply(p, x):
-        for layer in ("zero", "constant", "one", "last"):
+        for layer in ("zero", "constant", "last"):
             x = x @ p[layer]["kernel"] + 1
         return x
 
@@ -211,6 +210,7 @@ def test_stacked_layers_are_as_layers_apart(name):
     near(jnp.stack([p["kernel"] for p in qj.dequantize(want)]), qj.dequantize(got)["kernel"])
 
 
+@pytest.mark.full
 @most_used
 def test_experts_are_as_each_alone(name):
     w, x = normal(3, 8, 5), jnp.stack([inputs(32, 8, seed=s) for s in range(3)])

@@ -80,6 +80,7 @@ def test_goes_on_to_the_same_bits_after_each_block(finished: int, tmp_path: Any)
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.full
 def test_learns_the_scales_of_activations() -> None:
     """All static, and better than those of the range with the same way of rounding weights."""
     params, x = variables(1), [samples(0), samples(1)]

@@ -116,6 +116,7 @@ def test_the_bases_are_those_of_the_paper():
     ]
 
 
+@pytest.mark.full
 def test_a_gain_before_a_tied_table_keeps_the_stream():
     p = weights()
     with pytest.warns(UserWarning, match="the stream between norms stays: .* as by a gain"):
@@ -206,6 +207,7 @@ def test_channels_with_outliers_round_better_after(seed):
     assert error(rotated(decoder, p, TOKENS, seed=seed)) < error(p)
 
 
+@pytest.mark.full
 def test_the_language_model_of_the_experiments():
     config = language_model.DecoderConfig(vocabulary=32, layers=1, width=16, heads=2,
                                           key_value_heads=1, hidden=24)  # fmt: skip
@@ -235,6 +237,7 @@ def test_the_method_turns_both_trees_by_its_seed():
         qj.calibrate(decoder, p | {"head": qj.quantize(p, "w8")["head"]}, [TOKENS], rotate())
 
 
+@pytest.mark.full
 def test_dtypes_stay():
     p = jax.tree.map(lambda a: a.astype(jnp.bfloat16), weights())
     new = rotated(decoder, p, TOKENS)

@@ -11,12 +11,18 @@ import pytest
 import quantjax as qj
 from quantjax import qat
 from quantjax.fake_quantized import fake_array, is_quantized
+from tests.daily import daily
 from tests.qat.estimators import CASES, PARAMS, X, mlp, prepared
 
+# Daily each estimator at its first width, and the two whose arithmetic differs at their last.
+WIDTHS = [(name, w) for name, case in CASES.items() for w in case.weights]
+FIRST = [(name, case.weights[0]) for name, case in CASES.items()]
 each = pytest.mark.parametrize(
-    ("name", "weights"), [(name, w) for name, case in CASES.items() for w in case.weights]
+    "case", daily(WIDTHS, [*FIRST, ("lsq", "w1"), ("paretoq", "ternary")])
 )
 by_name = pytest.mark.parametrize("name", CASES)
+# What they share is asked of what is learned, of what is not and of a table that is learned.
+few = pytest.mark.parametrize("name", daily(CASES, ["lsq", "bitnet", "ttq"]))
 RUN = qj.intercept(mlp)
 TARGET = mlp(PARAMS, X)
 
@@ -64,7 +70,8 @@ def same(a, b):
 
 
 @each
-def test_what_was_trained_is_what_is_stored(name, weights, tmp_path):
+def test_what_was_trained_is_what_is_stored(case, tmp_path):
+    name, weights = case
     tree = after_steps(name, weights)
     stored = qat.finalize(tree)
     in_training = step(tree, OPTIMIZER.init(tree))[3]
@@ -78,8 +85,9 @@ def test_what_was_trained_is_what_is_stored(name, weights, tmp_path):
 
 
 @each
-def test_it_learns(name, weights):
+def test_it_learns(case):
     """Fits the float network's outputs: the rounded network gets nearer than it was."""
+    name, weights = case
     tree = prepared(CASES[name], weights)
     _, _, losses = trained(tree, 200)
     assert np.mean(losses[-10:]) < 0.7 * losses[0]
@@ -111,11 +119,12 @@ def test_dtypes_stay(name):
     case = CASES[name]
     params = jax.tree.map(lambda w: w.astype(jnp.bfloat16), PARAMS)
     tree = prepared(case, case.weights[0], params=params, x=X.astype(jnp.bfloat16))
-    gradient = jax.grad(lambda t: RUN(t, X.astype(jnp.bfloat16)).astype(jnp.float32).sum())(tree)
+    summed = lambda t: RUN(t, X.astype(jnp.bfloat16)).astype(jnp.float32).sum()  # noqa: E731
+    gradient = jax.eval_shape(jax.grad(summed), tree)
     kinds = [a.dtype for a in jax.tree.leaves(tree)]
     assert [a.dtype for a in jax.tree.leaves(gradient)] == kinds
-    assert fake_array(tree["a"]["kernel"]).dtype == jnp.bfloat16
-    assert qat.finalize(tree)["a"]["kernel"].dtype == jnp.bfloat16
+    assert jax.eval_shape(fake_array, tree["a"]["kernel"]).dtype == jnp.bfloat16
+    assert jax.eval_shape(qat.finalize, tree)["a"]["kernel"].dtype == jnp.bfloat16
 
 
 @by_name
@@ -129,7 +138,7 @@ def test_a_run_goes_on_to_the_same_bits(name):
     same(trained(half, 2, state)[0], whole)
 
 
-@by_name
+@few
 def test_layers_of_a_scan_learn_apart(name):
     case = CASES[name]
     stacked = {"kernel": jnp.stack([PARAMS["a"]["kernel"][:, :6] * s for s in (1.0, 3.0)])}
