@@ -221,6 +221,13 @@ def test_apot_levels_worked_by_hand(bits, magnitudes):
     assert apot(bits).bits == bits
 
 
+def test_unsigned_apot_levels_worked_by_hand():
+    # 4 bits: {0, 1/2, 1/8, 1/32} + {0, 1/4, 1/16, 1/64}, the magnitudes of 5 signed bits.
+    np.testing.assert_array_equal(apot(2, signed=False).grid, np.float32([0, 0.25, 0.5, 1]))
+    np.testing.assert_array_equal(apot(4, signed=False).grid, apot(5).grid[15:])
+    assert [apot(bits, signed=False).bits for bits in range(2, 9)] == list(range(2, 9))
+
+
 @pytest.mark.parametrize(
     "fmt", [formats.nf4, apot(3), apot(8), Codebook((-3.0, 1.0, 1.5))], ids=str
 )

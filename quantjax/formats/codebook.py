@@ -157,17 +157,18 @@ def make_nf4() -> Codebook:
     return Codebook(tuple(float(np.float32(v / max(positive))) for v in levels), "nf4")
 
 
-def apot(bits: int) -> Codebook:
+def apot(bits: int, signed: bool = True) -> Codebook:
     """Additive powers of two: signed sums of terms 0, 2^-i, ..., so a product is a few shifts.
 
-    The bits - 1 magnitude bits make n = (bits - 1) // 2 terms of four values and, if one bit is
-    left, one term of two; exponents are dealt out in turn. Source: Li et al. 2020, eq. 5.
+    The magnitude bits, bits - 1 or, unsigned, all of them, make pairs of bits: each is a term of
+    four values and, if one bit is left, that is a term of two; exponents are dealt out in turn.
+    The largest level is 1. Source: Li et al. 2020, eq. 5.
 
-    >>> apot(3).grid.tolist()
-    [-1.0, -0.5, -0.25, 0.0, 0.25, 0.5, 1.0]
+    >>> apot(3).grid.tolist(), apot(2, signed=False).grid.tolist()
+    ([-1.0, -0.5, -0.25, 0.0, 0.25, 0.5, 1.0], [0.0, 0.25, 0.5, 1.0])
     """
     check_bits("apot", bits, 2, 8)
-    pairs, odd = divmod(bits - 1, 2)
+    pairs, odd = divmod(bits - signed, 2)
     terms: list[list[float]] = [[0.0] for _ in range(pairs + odd)]
     # First and second exponent of each four-valued term, the two-valued term, third exponents.
     order = list(range(pairs)) * 2 + [pairs] * odd + list(range(pairs))
@@ -175,4 +176,6 @@ def apot(bits: int) -> Codebook:
         terms[term].append(2.0**-exponent)
     sums = sorted({sum(choice) for choice in itertools.product(*terms)})
     positive = [s / sums[-1] for s in sums if s > 0]
+    if not signed:
+        return Codebook((0.0, *positive), f"uapot{bits}")
     return Codebook(tuple([-v for v in positive[::-1]] + [0.0] + positive), f"apot{bits}")

@@ -2,6 +2,7 @@
 
 from quantjax.fake_quantized import FakeQuantized
 from quantjax.ops import Backward
+from quantjax.qat.apot import apot
 from quantjax.qat.binary import binary_connect, clip_values, xnor
 from quantjax.qat.distill import attention_transfer, distill_loss, hint_loss
 from quantjax.qat.dorefa import dorefa
@@ -27,6 +28,7 @@ __all__ = [
     "FakeQuantized",
     "StoredLogits",
     "WeightEstimator",
+    "apot",
     "at",
     "attention_transfer",
     "binary_connect",

@@ -10,12 +10,14 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from quantjax.affine import Scales, fake_quantize_array, fake_quantize_learned
-from quantjax.blocks import block_sum, spread
+from quantjax.blocks import Block, block_mean, block_sum, spread
 from quantjax.formats import Format, IntFormat
 from quantjax.ops.activation import activation_block
+from quantjax.scales import TINY, inverse
 from quantjax.spec import QuantSpec
 
 Learned = Mapping[str, jax.Array]
@@ -141,6 +143,47 @@ def _straight_backward(spec, residuals, gradient):
 
 
 straight.defvjp(_straight_forward, _straight_backward)
+
+
+@jax.custom_vjp
+def instead(hard: Float[Array, "*n"], soft: Float[Array, "*n"]) -> Float[Array, "*n"]:
+    """The value of the first, with the gradient of the second."""
+    return hard
+
+
+instead.defvjp(lambda hard, soft: (hard, None), lambda _, gradient: (None, gradient))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def kept_above(
+    s: Float[Array, "*b"], floor: float = float(TINY), factor: float = 1.0
+) -> Float[Array, "*b"]:
+    """s, no less than `floor`; dL/ds times `factor`, and none that would lead further below."""
+    return jnp.maximum(s, np.float32(floor))
+
+
+def _kept_forward(s, floor, factor):
+    return kept_above(s, floor, factor), s
+
+
+def _kept_backward(floor, factor, s, gradient):
+    # Below the floor is where descent overshot: it may only grow.
+    moves = (s > np.float32(floor)) | (gradient < 0)
+    return (jnp.where(moves, gradient * np.float32(factor), 0),)
+
+
+kept_above.defvjp(_kept_forward, _kept_backward)
+
+
+def standardized(
+    w: Float[Array, "*n"], block: Block
+) -> tuple[Float[Array, "*n"], Float[Array, "*#n"]]:
+    """(w - E w) / sd w over every block, and 1 / sd w; float32, the same bits in every program."""
+    w = w.astype(jnp.float32)
+    centred = w - spread(block_mean(w, block), w.shape, block)
+    deviation = jnp.sqrt(jnp.maximum(block_mean(centred**2, block), TINY))
+    share = spread(inverse(deviation), w.shape, block)
+    return centred * share, share
 
 
 def asks_for(what: str, format: Format, *, bits: int | None = None, **facts: Any) -> None:

@@ -12,9 +12,9 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from quantjax.affine import Scales, scale_values
-from quantjax.blocks import block_mean, spread
-from quantjax.qat.estimator import Estimator, Learned, asks_for, signed
-from quantjax.scales import TINY, inverse
+from quantjax.blocks import block_mean
+from quantjax.qat.estimator import Estimator, Learned, asks_for, signed, standardized
+from quantjax.scales import TINY
 from quantjax.spec import QuantSpec
 
 LOW, HIGH = 0.1, 10.0  # of the temperature t
@@ -33,11 +33,8 @@ class IRNetWeights:
         self, w: Float[Array, "*n"], learned: Learned, spec: QuantSpec
     ) -> tuple[Float[Array, "*n"], Scales]:
         """The standardized weights, and a power of two near their mean magnitude."""
-        w, block = w.astype(jnp.float32), spec.block_shape
-        centred = w - spread(block_mean(w, block), w.shape, block)
-        deviation = jnp.sqrt(jnp.maximum(block_mean(centred**2, block), TINY))
-        v = centred * spread(inverse(deviation), w.shape, block)
-        size = jnp.maximum(block_mean(jnp.abs(v), block), TINY)
+        v, _ = standardized(w, spec.block_shape)
+        size = jnp.maximum(block_mean(jnp.abs(v), spec.block_shape), TINY)
         return v, Scales(2 * lax.stop_gradient(_power_of_two(size)))
 
     def __call__(

@@ -5,40 +5,25 @@ Bhalgat et al., "LSQ+: Improving low-bit quantization through learnable offsets 
 initialization", 2020, arXiv:2004.09576."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from quantjax.affine import Scales
 from quantjax.blocks import sizes
 from quantjax.formats import Format, IntFormat
-from quantjax.qat.estimator import Estimator, Learned, rounded_activation, through
+from quantjax.qat.estimator import (
+    Estimator,
+    Learned,
+    kept_above,
+    rounded_activation,
+    through,
+)
 from quantjax.scales import TINY, inverse
 from quantjax.spec import QuantSpec
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _scaled_gradient(s: Float[Array, "*b"], factor: float) -> Float[Array, "*b"]:
-    """s, above zero; dL/ds times `factor`, and none that would lead further below."""
-    return jnp.maximum(s, TINY)
-
-
-def _forward(s, factor):
-    return _scaled_gradient(s, factor), s
-
-
-def _backward(factor, s, gradient):
-    # A step below zero is where descent overshot: it may only grow.
-    moves = (s > TINY) | (gradient < 0)
-    return (jnp.where(moves, gradient * np.float32(factor), 0),)
-
-
-_scaled_gradient.defvjp(_forward, _backward)
 
 
 def _factor(count: int, format: Format) -> float:
@@ -61,7 +46,7 @@ class LSQWeights:
     ) -> tuple[Float[Array, "*n"], Scales]:
         """w, by the learned steps."""
         count = math.prod(sizes(w.shape, spec.block_shape))
-        return w, Scales(_scaled_gradient(learned["scale"], _factor(count, spec.format)))
+        return w, Scales(kept_above(learned["scale"], factor=_factor(count, spec.format)))
 
     def __call__(
         self, w: Float[Array, "*n"], learned: Learned, spec: QuantSpec
@@ -117,7 +102,7 @@ class LSQActivations:
     ) -> Float[Array, "*x"]:
         """D(Q(x)); N counts the features of one example, the first axis being that of examples."""
         features = math.prod(x.shape[1:]) if x.ndim > 1 else x.size
-        scale = _scaled_gradient(learned["scale"], _factor(features, act.format))
+        scale = kept_above(learned["scale"], factor=_factor(features, act.format))
         zero = self._zero(scale, learned)
         return rounded_activation(x, Scales(scale, zero), act, summed, to_levels=True)
 

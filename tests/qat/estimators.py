@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import quantjax as qj
-from quantjax import qat
+from quantjax import formats, qat
+from quantjax.formats import Format
 from quantjax.policy import preset_spec
 from quantjax.spec import Granularity, QuantSpec
 
@@ -21,10 +22,10 @@ class Case(NamedTuple):
     act: QuantSpec | None = None
 
 
-def static(bits: int, *, signed: bool = False, symmetric: bool = True) -> QuantSpec:
+def static(bits: int, *, symmetric: bool = True, format: Format | None = None) -> QuantSpec:
     """Of an activation, one calibrated scale; some of it is clipped, as bounds learn from that."""
     return QuantSpec(
-        format=qj.IntFormat(bits, signed=signed),
+        format=format or qj.IntFormat(bits, signed=False),
         block=Granularity.TENSOR,
         symmetric=symmetric,
         observer=qj.percentile(95.0),
@@ -32,11 +33,13 @@ def static(bits: int, *, signed: bool = False, symmetric: bool = True) -> QuantS
     )
 
 
+UAPOT = formats.apot(4, signed=False)
 CASES = {
     "lsq": Case(qat.lsq(), ("w4", "w3", "w2", "w1"), static(4)),
     "lsq_plus": Case(qat.lsq_plus(), ("w4", "w2"), static(4, symmetric=False)),
     "dorefa": Case(qat.dorefa(), ("w4", "w2", "w1"), static(4)),
     "pact": Case(qat.pact(), ("w4",), static(4)),
+    "apot": Case(qat.apot(), ("apot 4 bits", "apot 2 bits"), static(4, format=UAPOT)),
     "twn": Case(qat.twn(), ("ternary",)),
     "ttq": Case(qat.ttq(), ("trained ternary",)),
     "bitnet": Case(qat.bitnet(), ("ternary",), preset_spec("w8a8").act),
@@ -45,11 +48,15 @@ CASES = {
     "ir_net": Case(qat.ir_net(), ("binary",)),
     "paretoq": Case(qat.paretoq(), ("w4", "w2", "ternary", "binary")),
 }
-TRAINED_TERNARY = QuantSpec(format=qj.Codebook.learned(2), block=Granularity.TENSOR)
+SPECS = {
+    "trained ternary": QuantSpec(format=qj.Codebook.learned(2), block=Granularity.TENSOR),
+    "apot 4 bits": QuantSpec(format=formats.apot(4)),
+    "apot 2 bits": QuantSpec(format=formats.apot(2)),
+}
 
 
 def spec_of(name: str) -> QuantSpec:
-    return TRAINED_TERNARY if name == "trained ternary" else preset_spec(name)
+    return SPECS[name] if name in SPECS else preset_spec(name)
 
 
 def normal(*shape: int, seed: int = 0) -> jax.Array:
