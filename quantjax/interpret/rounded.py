@@ -50,7 +50,8 @@ def rounded_activation(eqn: Any, x: Param) -> Rounded | None:
     own = (q.rule, q.key) if isinstance(q, Trained) else (None, None)
     if isinstance(q, Trained) and q.learned is not None:
         for name, a in q.learned.items():
-            _check_single(x.path, f"learned {name} of its activation", a)
+            if a.ndim == q.layers:
+                _check_single(x.path, f"learned {name} of its activation", a)
         return Rounded(q.act, q.learned, *own)
     if q.act_scale is None:
         if q.act.static:

@@ -21,8 +21,8 @@ from quantjax.spec import QuantSpec
 class Trained:
     """How what meets the parameter is rounded, forward and backward; see FakeQuantized.
 
-    act_scale, act_zero_point, key and what is learned have one entry for each of the leading layers
-    that no scan took off yet. rule: how an activation is rounded instead of to nearest, see
+    act_scale, act_zero_point and key have one entry for each of the leading layers that no scan
+    took off yet; what is learned leads with them. rule: how an activation is rounded instead of to nearest, see
     `Rounded`; learned: what it trains, by name, in place of the scales.
     """
 
@@ -35,6 +35,11 @@ class Trained:
     rule: Callable[..., Any] | None = dataclasses.field(default=None, metadata=dict(static=True))
     learned: Mapping[str, jax.Array] | None = None
 
+    @property
+    def layers(self) -> int:
+        """How many leading axes of what is learned are layers: one of them has no other axes."""
+        return min((a.ndim for a in (self.learned or {}).values()), default=0)
+
     def at(self, axis: int, take: Callable[[jax.Array], jax.Array]) -> "Trained":
         """With what `take` makes of each array that has this axis of the parameter."""
 
@@ -46,7 +51,8 @@ class Trained:
             key = jax.random.wrap_key_data(
                 take(jax.random.key_data(key)), impl=jax.random.key_impl(key)
             )
-        return self._each(each, key)
+        learned = self.learned if axis >= self.layers else jax.tree.map(take, self.learned)
+        return self._each(each, key, learned)
 
     def stacked(self, n: int) -> "Trained":
         """With a leading axis on every array, for a scan over n layers."""
@@ -57,14 +63,17 @@ class Trained:
         key = self.key
         if key is not None and not key.ndim:
             key = jax.random.split(key, n)
-        return self._each(each, key)
+        learned = self.learned
+        if learned is not None and not self.layers:
+            learned = {name: jnp.broadcast_to(a, (n, *a.shape)) for name, a in learned.items()}
+        return self._each(each, key, learned)
 
-    def _each(self, change: Callable[[Any], Any], key: Any) -> "Trained":
+    def _each(self, change: Callable[[Any], Any], key: Any, learned: Any) -> "Trained":
         return dataclasses.replace(
             self,
             act_scale=change(self.act_scale),
             act_zero_point=change(self.act_zero_point),
-            learned=jax.tree.map(change, self.learned),
+            learned=learned,
             key=key,
         )
 

@@ -11,6 +11,7 @@ from quantjax.qat.guard import guard, refuse_quantized
 from quantjax.qat.ir_net import ir_net
 from quantjax.qat.labels import labels
 from quantjax.qat.lsq import lsq, lsq_plus
+from quantjax.qat.n2uq import n2uq
 from quantjax.qat.pact import pact
 from quantjax.qat.paretoq import paretoq
 from quantjax.qat.prepare import finalize, prepare
@@ -44,6 +45,7 @@ __all__ = [
     "load_logits",
     "lsq",
     "lsq_plus",
+    "n2uq",
     "pact",
     "paretoq",
     "prepare",

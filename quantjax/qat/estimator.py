@@ -50,11 +50,13 @@ class ActivationEstimator(Protocol):
     """A frozen, hashable value: how an activation is rounded at a product."""
 
     def start(self, scales: Scales | None, act: QuantSpec) -> Learned:
-        """What is learned, before the first step. scales: the static ones that `calibrate` found,
-        one a layer, or None. Raises ValueError where it needs them."""
+        """What is learned, before the first step: at least one number a layer, and arrays that lead
+        with the layers. scales: the static ones that `calibrate` found, one a layer, or None.
+        Raises ValueError where it needs them."""
 
     def settled(self, learned: Learned, act: QuantSpec) -> Scales | None:
-        """The static scales that `finalize` stores; None where they are found in each call."""
+        """The static scales that `finalize` stores; None where they are found in each call. Raises
+        ValueError where it rounds as no QTensor can."""
 
     def __call__(
         self,

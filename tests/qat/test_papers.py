@@ -13,7 +13,7 @@ import pytest
 from jax import lax
 
 import quantjax as qj
-from quantjax import qat
+from quantjax import formats, qat
 from quantjax.fake_quantized import fake_array
 from tests.qat.estimators import normal, spec_of, static
 
@@ -89,6 +89,28 @@ def bitnet(w, learned):
     return straight(w, gamma * jnp.clip(jnp.round(w / gamma), -1, 1))
 
 
+def nearest(u, levels):
+    return jnp.float32(levels)[jnp.argmin(jnp.abs(u[..., None] - jnp.float32(levels)), -1)]
+
+
+def apot(w, learned):
+    """Of 4 bits. The authors' code does not clip the gradient of weights."""
+    alpha = learned["alpha"][0]
+    v = (w - lax.stop_gradient(w.mean())) / lax.stop_gradient(w.std())
+    u = jnp.clip(v / alpha, -1, 1)
+    levels = np.array([0, 1, 2, 3, 4, 6, 8, 10]) / 10
+    clipped = lax.stop_gradient(jnp.where(jnp.abs(v) > alpha, 1, 0))
+    beyond = clipped * (v - lax.stop_gradient(v))
+    return alpha * straight(u, jnp.sign(u) * nearest(jnp.abs(u), levels)) + beyond
+
+
+def n2uq(w, learned, bits=2):
+    gamma = lax.stop_gradient((2**bits - 1) / 2 ** (bits - 1) * jnp.abs(w).mean())
+    n = (2**bits - 1) / 2
+    q = gamma * (jnp.round((jnp.clip(w / gamma, -1, 1) + 1) * n) / n - 1)
+    return straight(w / gamma, q)
+
+
 PAPERS = {
     "lsq": (qat.lsq(), "w3", lsq),
     "paretoq 2 bits": (qat.paretoq(), "w2", seq),
@@ -98,6 +120,8 @@ PAPERS = {
     "binary_connect": (qat.binary_connect(), "binary", binary_connect),
     "xnor": (qat.xnor(), "binary", xnor),
     "ir_net": (qat.ir_net(), "binary", ir_net),
+    "apot": (qat.apot(), "apot 4 bits", apot),
+    "n2uq": (qat.n2uq(), "w2", n2uq),
     "twn": (qat.twn(), "ternary", twn),
     "bitnet": (qat.bitnet(), "ternary", bitnet),
 }
@@ -115,6 +139,8 @@ def test_weights_and_their_gradients(name, progress):
     leaf = leaf_of(estimator, weights)
     if progress is not None:
         leaf = qat.at(leaf, progress)
+    if name == "apot":  # of 5 weights none lies 3 deviations away
+        leaf = dataclasses.replace(leaf, learned={"alpha": leaf.learned["alpha"] * 0.4})
     got = jax.grad(lambda x: jnp.sum(G * fake_array(x)))(leaf)
     for column in range(W.shape[1]):
         learned = {k: a[:, column] for k, a in leaf.learned.items()}
@@ -182,11 +208,37 @@ def dorefa_activation(x, learned, bits=3):
     return straight(y, jnp.round(y * n) / n)
 
 
+def apot_activation(x, learned):
+    u = jnp.clip(x / learned["alpha"], 0, 1)
+    return learned["alpha"] * straight(u, nearest(u, np.array([0, 1, 2, 3, 4, 6, 8, 10]) / 10))
+
+
+def n2uq_activation(x, learned):
+    """Cell by cell, as the paper's figures have it: of 2 bits three slopes, none beyond."""
+    u, low, heights, codes = x * learned["input"], learned["start"], 0.0, 0.0
+    for i in range(3):
+        a = learned["widths"][i]
+        codes = codes + jnp.where(u > low + a / 2, 1.0, 0.0)
+        inside = (u > low) & (u < low + a)
+        heights = jnp.where(inside, i + (u - low) / a, heights)
+        low = low + a
+    heights = heights * 2 / 3
+    return straight(heights, codes * 2 / 3) * learned["output"]
+
+
+CELLS = {"input": 0.5, "start": 0.1, "widths": [0.3, 0.8, 0.5], "output": 2.0}
 ACTIVATIONS = {
     "lsq": (qat.lsq(), lsq_activation, {"scale": 0.31}),
     "lsq_plus": (qat.lsq_plus(), lsq_plus_activation, {"scale": 0.31, "offset": -0.7}),
     "pact": (qat.pact(), pact, {"bound": 2.2}),
     "dorefa": (qat.dorefa(), dorefa_activation, {}),
+    "apot": (qat.apot(), apot_activation, {"alpha": 2.2}),
+    "n2uq": (qat.n2uq(), n2uq_activation, CELLS),
+}
+SPECS = {
+    "lsq_plus": static(3, symmetric=False),
+    "apot": static(3, format=formats.apot(3, signed=False)),
+    "n2uq": static(2),
 }
 
 
@@ -194,7 +246,7 @@ ACTIVATIONS = {
 def test_activations_and_their_gradients(name):
     estimator, reference, learned = ACTIVATIONS[name]
     learned = {k: jnp.float32(v) for k, v in learned.items()}
-    act = static(3, symmetric=name != "lsq_plus")
+    act = SPECS.get(name, static(3))
 
     def ours(x, learned):
         return estimator.activations(x, learned, act, [1], None)
