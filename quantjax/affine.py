@@ -131,9 +131,10 @@ def encoded(
     return format.encode(v, uniform)
 
 
-def _values(
+def decoded(
     codes: jax.Array, scales: Scales, format: Format, block: Block, dtype: np.dtype
 ) -> jax.Array:
+    """Values of codes under given scales, as a QTensor has them: (level(q) - z) * s."""
     if isinstance(format, Codebook):
         levels = format.decode(codes, scales.codebook)
     else:
@@ -216,8 +217,8 @@ def dequantize_array(q: QTensor) -> jax.Array:
     if isinstance(q.format, ExponentFormat):
         return q.format.decode(q.qvalue)
     if q.is_bare:
-        return _values(codes_of(q), scales_of(q), q.format, q.block, q.dtype)
-    x = _values(codes_of(q), scales_of(q), q.format, q.block, np.dtype(np.float32))
+        return decoded(codes_of(q), scales_of(q), q.format, q.block, q.dtype)
+    x = decoded(codes_of(q), scales_of(q), q.format, q.block, np.dtype(np.float32))
     if q.input_scale is not None:
         x = x * q.input_scale.astype(jnp.float32)
     if q.left is not None and q.right is not None:
@@ -252,7 +253,7 @@ def low_rank_values(left: Float[Array, "*l r"], right: Float[Array, "*m r"]) -> 
 def _snap(format: Format, block: Block, x, scales: Scales, uniform) -> jax.Array:
     # As they would be stored: a float code may be -0, and its value then -0 * s; or NaN.
     codes = _loaded(_stored(encoded(x, scales, format, block, uniform), format), format)
-    return _values(codes, scales, format, block, x.dtype)
+    return decoded(codes, scales, format, block, x.dtype)
 
 
 def _snap_forward(format: Format, block, x, scales: Scales, uniform):

@@ -22,8 +22,8 @@ class Trained:
     """How what meets the parameter is rounded, forward and backward; see FakeQuantized.
 
     act_scale, act_zero_point and key have one entry for each of the leading layers that no scan
-    took off yet; what is learned leads with them. rule: how an activation is rounded instead of to nearest, see
-    `Rounded`; learned: what it trains, by name, in place of the scales.
+    took off yet; what is learned leads with them. rule: how an activation is rounded instead of to
+    nearest, see `Rounded`; learned: what it trains, by name, in place of the scales.
     """
 
     act_scale: jax.Array | None

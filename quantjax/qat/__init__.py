@@ -12,12 +12,14 @@ from quantjax.qat.ir_net import ir_net
 from quantjax.qat.labels import labels
 from quantjax.qat.lsq import lsq, lsq_plus
 from quantjax.qat.n2uq import n2uq
+from quantjax.qat.oscillation import dampening, freeze_oscillations
 from quantjax.qat.pact import pact
 from quantjax.qat.paretoq import paretoq
 from quantjax.qat.prepare import finalize, prepare
 from quantjax.qat.progress import at
 from quantjax.qat.quantize_gradients import quantize_gradients
 from quantjax.qat.quantize_state import quantize_state
+from quantjax.qat.schedule import stages, unrounded, until, with_bits
 from quantjax.qat.teacher import StoredLogits, load_logits, store_logits
 from quantjax.qat.ternary import bitnet, twn
 from quantjax.qat.ttq import ttq
@@ -35,9 +37,11 @@ __all__ = [
     "binary_connect",
     "bitnet",
     "clip_values",
+    "dampening",
     "distill_loss",
     "dorefa",
     "finalize",
+    "freeze_oscillations",
     "guard",
     "hint_loss",
     "ir_net",
@@ -52,8 +56,12 @@ __all__ = [
     "quantize_gradients",
     "quantize_state",
     "refuse_quantized",
+    "stages",
     "store_logits",
     "ttq",
     "twn",
+    "unrounded",
+    "until",
+    "with_bits",
     "xnor",
 ]

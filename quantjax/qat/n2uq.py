@@ -1,4 +1,4 @@
-"""Where should the cells of a grid end, if its levels stay evenly spaced? The thresholds are learned.
+"""Where should the cells of a grid end, if its levels stay even? Their thresholds are learned.
 
 Liu et al., "Nonuniform-to-Uniform Quantization: Towards Accurate Quantization via Generalized
 Straight-Through Estimation", CVPR 2022, arXiv:2111.14826; what the paper leaves open is as in the
@@ -48,7 +48,9 @@ class N2UQWeights:
         v, scales = self.settled(w, learned, spec)
         gamma = scale_values(scales.scale) * np.float32(2 ** (spec.format.bits - 1) - 0.5)
         soft = w.astype(jnp.float32) * spread(inverse(gamma), w.shape, spec.block_shape)
-        return instead(fake_quantize_array(v, scales, spec=spec).astype(w.dtype), soft.astype(w.dtype))
+        return instead(
+            fake_quantize_array(v, scales, spec=spec).astype(w.dtype), soft.astype(w.dtype)
+        )
 
 
 @dataclasses.dataclass(frozen=True)

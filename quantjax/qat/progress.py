@@ -12,8 +12,9 @@ from quantjax.fake_quantized import FakeQuantized, is_quantized
 
 def at(tree: Any, progress: Float[Array, ""] | float) -> Any:
     """The tree at this point of the training, 0 at the start and 1 at the end, for estimators whose
-    gradient or rounding changes with it (`ir_net`, `delayed`). To be called in the loss or the
-    step, with a traced number: `at(tree, step / steps)`. Others do not look at it.
+    gradient or rounding changes with it (`ir_net`). To be called in the loss or the step, with a
+    traced number: `at(tree, step / steps)`. Others do not look at it. For what changes at a step,
+    and not little by little, see `stages`.
 
     >>> from quantjax import qat
     >>> tree = qat.prepare({"kernel": jnp.ones((2, 2))}, "binary", estimator=qat.ir_net())
