@@ -20,13 +20,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from quantjax.fake_quantized import is_quantized
+from quantjax.paths import named_leaves
+
 Tree = Any  # a pytree of arrays
 
 
 def save(path: Path, tree: Tree, meta: dict) -> None:
     """Writes the leaves of `tree` and the JSON-able `meta` to `path`, atomically."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    header = {"meta": meta, "leaves": [_entry(*item) for item in leaves]}
+    header = {
+        "meta": meta,
+        "leaves": [_entry(*item) for item in leaves],
+        "quantized": _quantized(tree),
+    }
     # As bytes: the format has no name for bfloat16 and its like.
     arrays: dict[str, Any] = {
         str(i): np.frombuffer(np.asarray(leaf).tobytes(), np.uint8)
@@ -50,9 +57,16 @@ def load_meta(path: Path) -> dict:
 def load(path: Path, like: Tree) -> Tree:
     """Returns a tree of the structure of `like` with the stored leaves.
 
-    Raises ValueError naming the first leaf whose path, dtype or shape differs."""
+    Raises ValueError naming the first leaf whose path, dtype or shape differs, or that is quantized
+    otherwise: by another estimator, in another format."""
     with np.load(path) as stored:
-        entries = json.loads(stored["header"].item())["leaves"]
+        header = json.loads(stored["header"].item())
+        entries = header["leaves"]
+        # A file from before this was written down may hold quantized leaves of any kind.
+        if lines := differences(header.get("quantized", {}), _quantized(like)):
+            raise ValueError(
+                f"{path}: its leaves are quantized otherwise (stored != asked): {lines[0]}."
+            )
         expected, treedef = jax.tree_util.tree_flatten_with_path(like)
         if len(entries) != len(expected):
             raise ValueError(f"{path}: holds {len(entries)} leaves, expected {len(expected)}.")
@@ -121,6 +135,16 @@ def differences(stored: Any, asked: Any, path: str = "") -> list[str]:
         same = math.isclose(stored, asked, rel_tol=1e-4) if close else stored == asked
         return [] if same else [f"{path}: {stored} != {asked}"]
     return [line for part in parts for line in differences(*part)]
+
+
+def _quantized(tree: Tree) -> dict[str, Any]:
+    """What is static in the quantized leaves, by path: format, estimator and the like."""
+    found = {}
+    for name, leaf in named_leaves(tree)[0]:
+        if is_quantized(leaf):
+            fixed = [f.name for f in dataclasses.fields(leaf) if f.metadata.get("static")]
+            found[name] = {name: describe(getattr(leaf, name)) for name in fixed}
+    return found
 
 
 def _entry(key_path: tuple, leaf: Any) -> list:

@@ -11,6 +11,7 @@ import optax
 import pytest
 
 import quantjax as qj
+from quantjax import qat
 from quantjax.qat import guard, refuse_quantized
 
 
@@ -111,3 +112,31 @@ def test_what_is_no_optimizer_is_refused():
 def test_importing_quantjax_does_not_import_optax():
     code = "import sys, quantjax, quantjax.qat; sys.exit('optax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_gradient_that_is_not_finite_is_refused_by_name():
+    """What estimators learn is named too; the other choice is to skip the step and count."""
+    tree = qat.prepare({"a": {"kernel": jnp.ones((3, 2))}}, "w2", estimator=qat.lsq())
+    tree["b"] = jnp.ones(2, jnp.bfloat16)
+    tree["count"] = jnp.int32(3)
+    qat.refuse_not_finite(tree)
+    bad = jax.tree.map(lambda x: x * jnp.nan if x.shape == (1, 2) else x, tree)
+    bad["b"] = bad["b"].at[0].set(jnp.inf)
+    message = r"^gradient: not finite: a/kernel/learned/scale \(2 of 2.*\), b \(1 of 2 numbers\)\.$"
+    with pytest.raises(FloatingPointError, match=message):
+        qat.refuse_not_finite(bad)
+    with pytest.raises(ValueError, match="not known under jit"):
+        jax.jit(qat.refuse_not_finite)(bad)
+
+
+def test_such_a_gradient_is_skipped_and_counted_with_what_is_learned():
+    tree = qat.prepare({"kernel": jnp.ones((3, 2))}, "w2", estimator=qat.lsq())
+    rates = {"weights": optax.adam(0.1), "learned": optax.adam(0.1), "fixed": optax.set_to_zero()}
+    inner = qat.freeze_oscillations(optax.partition(rates, qat.labels), 0.02)
+    optimizer = optax.apply_if_finite(inner, max_consecutive_errors=3)
+    bad = jax.tree.map(lambda x: x * jnp.nan, tree)
+    state = optimizer.init(tree)
+    updates, after = optimizer.update(bad, state, tree)
+    assert int(after.total_notfinite) == 1
+    jax.tree.map(np.testing.assert_array_equal, optax.apply_updates(tree, updates), tree)
+    jax.tree.map(np.testing.assert_array_equal, after.inner_state, state.inner_state)

@@ -15,6 +15,7 @@ from experiments import checkpoint, train
 from experiments.data import Dataset, pixel_statistics
 from experiments.models import training_apply
 from experiments.train import TrainConfig, classification_loss, evaluate
+from quantjax import qat
 from tests.daily import daily
 
 
@@ -165,6 +166,7 @@ def test_every_epoch_trains_on_its_own_shuffle():
     "change, message",
     [
         ({"config": dataclasses.replace(CONFIG, epochs=5)}, "/config/epochs: 4 != 5"),
+        ({"config": dataclasses.replace(CONFIG, seed=7)}, "/config/seed: 0 != 7"),
         ({"config": dataclasses.replace(CONFIG, optimizer=optax.adam(1e-3))}, "-0.01 != -0.001"),
         ({"data": make_data(seed=1)}, "/data/digest"),
         ({"params": {"w": jnp.ones((16, 3)), "b": jnp.zeros(3)}}, r"/initial/\['w'\]/2: 0.0 != 48"),
@@ -314,6 +316,21 @@ def test_a_checkpoint_keeps_every_bit(tmp_path):
     assert checkpoint.load_meta(tmp_path / "c.npz") == {"note": [1, "a"]}
     with pytest.raises(ValueError, match=r"\['count'\].*int32.*expected.*float32"):
         checkpoint.load(tmp_path / "c.npz", tree | {"count": jnp.float32(7)})
+
+
+def test_a_checkpoint_of_another_estimator_is_refused(tmp_path):
+    """Their arrays have one name, dtype and shape; what they mean is another thing."""
+    lsq, paretoq = (
+        qat.prepare({"w": jnp.ones((4, 2))}, "w2", estimator=estimator)
+        for estimator in (qat.lsq(), qat.paretoq())
+    )
+    checkpoint.save(tmp_path / "c.npz", {"tree": lsq}, {})
+    assert_equal_trees(checkpoint.load(tmp_path / "c.npz", {"tree": lsq}), {"tree": lsq})
+    with pytest.raises(ValueError, match="tree/w/estimator/weights.*LSQ.* != ParetoQWeights"):
+        checkpoint.load(tmp_path / "c.npz", {"tree": paretoq})
+    bare = qat.prepare({"w": jnp.ones((4, 2))}, "w2")
+    with pytest.raises(ValueError, match="tree/w/estimator.* != None"):
+        checkpoint.load(tmp_path / "c.npz", {"tree": bare})
 
 
 def test_an_interrupted_write_leaves_the_last_checkpoint(tmp_path, monkeypatch):

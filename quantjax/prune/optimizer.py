@@ -12,6 +12,7 @@ from quantjax.fake_quantized import FakeQuantized, is_quantized
 from quantjax.paths import named_leaves
 from quantjax.prune.apply import pruned
 from quantjax.prune.select import by_name
+from quantjax.qat.quantize_state import QuantizedState
 from quantjax.qtensor import QTensor
 
 
@@ -28,7 +29,8 @@ def masked(optimizer: Any, masks: Any) -> Any:
 
     masks: as in `prune.apply`, for trees of floats and of FakeQuantized leaves, whose scales train
     on. `update` needs the parameters. Raises ImportError without optax, TypeError for anything but
-    an optax `GradientTransformation`, ValueError for a mask that does not fit its leaf.
+    an optax `GradientTransformation`, ValueError for a mask that does not fit its leaf and for an
+    optimizer whose state is quantized: `qat.quantize_state(masked(optimizer, masks))` it is.
 
     >>> import optax
     >>> w, masks = {"w": jnp.array([3.0, 4.0])}, {"w": jnp.array([True, False])}
@@ -66,17 +68,30 @@ def masked(optimizer: Any, masks: Any) -> Any:
         if not jax.tree.leaves(params):  # as tree_map_params asks what the state is like
             return inner.init(params)
         found = by_name(params, masks)
-        return without(inner.init(_each(_kept, params, found)), params, found)
+        state = inner.init(_each(_kept, params, found))
+        _refuse_quantized(state)
+        return without(state, params, found)
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         if params is None:
             raise ValueError("masked: update needs the parameters: update(grads, state, params).")
+        _refuse_quantized(state)
         found = by_name(params, masks)
         seen = _each(_kept, params, found)
         updates, state = inner.update(_each(_kept, updates, found), state, seen, **extra)
         return _each(_kept, updates, found, params), without(state, params, found)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _refuse_quantized(state: Any) -> None:
+    """Codes of a state in blocks have no place for a mask."""
+    leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, QuantizedState))
+    if any(isinstance(x, QuantizedState) for x in leaves):
+        raise ValueError(
+            "masked: the state of this optimizer is quantized, and the zeros of pruned weights can "
+            "not be set in it: put the masks inside, quantize_state(masked(optimizer, masks))."
+        )
 
 
 def _kept(x: jax.Array, mask: jax.Array, params: jax.Array | None) -> jax.Array:

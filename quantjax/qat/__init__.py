@@ -7,7 +7,7 @@ from quantjax.qat.binary import binary_connect, clip_values, xnor
 from quantjax.qat.distill import attention_transfer, distill_loss, hint_loss
 from quantjax.qat.dorefa import dorefa
 from quantjax.qat.estimator import ActivationEstimator, Estimator, WeightEstimator
-from quantjax.qat.guard import guard, refuse_quantized
+from quantjax.qat.guard import guard, refuse_not_finite, refuse_quantized
 from quantjax.qat.ir_net import ir_net
 from quantjax.qat.labels import labels
 from quantjax.qat.lsq import lsq, lsq_plus
@@ -55,6 +55,7 @@ __all__ = [
     "prepare",
     "quantize_gradients",
     "quantize_state",
+    "refuse_not_finite",
     "refuse_quantized",
     "stages",
     "store_logits",

@@ -6,8 +6,12 @@ decayed."""
 
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+
 from quantjax.fake_quantized import is_quantized
-from quantjax.paths import named_leaves
+from quantjax.paths import named_leaves, path_name
 
 
 def refuse_quantized(params: Any, who: str = "training") -> None:
@@ -49,3 +53,33 @@ def guard(optimizer: Any) -> Any:
         return inner(params)
 
     return optimizer._replace(init=init)
+
+
+def refuse_not_finite(tree: Any, who: str = "gradient") -> None:
+    """Raises FloatingPointError, naming the leaves of `tree` that hold NaN or infinity, what
+    estimators learn among them; `who` opens the message.
+
+    To stop a run at its first bad gradient: called on what a compiled step returns, outside jit,
+    as only there the numbers are known; it waits for them. To go on without the step instead,
+    `optax.apply_if_finite(optimizer, most)`, around whatever this room makes of an optimizer,
+    leaves parameters and state as they were, counts in `state.total_notfinite`, and gives up after
+    `most` such steps in a row. Raises ValueError for traced values.
+
+    >>> refuse_not_finite({"a": {"kernel": jnp.array([1.0, jnp.nan])}})
+    Traceback (most recent call last):
+    FloatingPointError: gradient: not finite: a/kernel (1 of 2 numbers).
+    """
+    bad = []
+    for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        if isinstance(x, jax.core.Tracer):
+            raise ValueError(
+                f"{who}: refuse_not_finite looks at numbers, which are not known under jit: call "
+                f"it on what the compiled step returns."
+            )
+        if jnp.issubdtype(jnp.asarray(x).dtype, jnp.inexact):
+            count = int(np.sum(~np.isfinite(np.asarray(x).astype(np.float32))))
+            if count:
+                bad.append(f"{path_name(path) or 'the leaf'} ({count} of {np.size(x)} numbers)")
+    if bad:
+        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+        raise FloatingPointError(f"{who}: not finite: {', '.join(bad[:5])}{more}.")

@@ -14,7 +14,13 @@ from jaxtyping import Array, Float
 from quantjax.affine import Scales
 from quantjax.formats import IntFormat
 from quantjax.qat.dorefa import DoReFaWeights
-from quantjax.qat.estimator import Estimator, Learned, asks_for, rounded_activation
+from quantjax.qat.estimator import (
+    Estimator,
+    Learned,
+    asks_for,
+    kept_above,
+    rounded_activation,
+)
 from quantjax.scales import TINY
 from quantjax.spec import QuantSpec
 
@@ -39,7 +45,7 @@ class PACTActivations:
         """The scale that takes the bound to the highest code."""
         assert isinstance(act.format, IntFormat)
         share = np.float32(1.0 / act.format.qmax)
-        return Scales(jnp.maximum(learned["bound"] * share, TINY))
+        return Scales(jnp.maximum(kept_above(learned["bound"]) * share, TINY))
 
     def __call__(
         self,
@@ -50,7 +56,7 @@ class PACTActivations:
         key: jax.Array | None,
     ) -> Float[Array, "*x"]:
         """D(Q(clip(x, 0, bound))): dL/dx passes below the bound, dL/dbound sums what is above."""
-        bound = learned["bound"].astype(x.dtype)
+        bound = kept_above(learned["bound"]).astype(x.dtype)
         clipped = jnp.where(x < bound, jnp.maximum(x, 0), bound)
         scales = jax.lax.stop_gradient(self.settled(learned, act))
         return rounded_activation(clipped, scales, act, summed)

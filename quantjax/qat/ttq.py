@@ -11,8 +11,7 @@ from jaxtyping import Array, Float
 
 from quantjax.affine import Scales, fake_quantize_array
 from quantjax.formats import Codebook
-from quantjax.qat.estimator import Estimator, Learned
-from quantjax.scales import TINY
+from quantjax.qat.estimator import Estimator, Learned, kept_above
 from quantjax.spec import QuantSpec
 
 SHARE = 0.05  # of the largest weight: below that it is zero
@@ -44,7 +43,7 @@ class TTQWeights:
         self, w: Float[Array, "*n"], learned: Learned, spec: QuantSpec
     ) -> tuple[Float[Array, "*n"], Scales]:
         """Each weight as its level, and the table of the three, with a fourth that none takes."""
-        low, high = (jnp.maximum(learned[k], TINY) for k in ("negative", "positive"))
+        low, high = (kept_above(learned[k]) for k in ("negative", "positive"))
         table = jnp.stack([-low, jnp.zeros_like(low), high, 2 * high], -1)
         single = low.shape + (1,) * len(spec.block_shape)
         code = _codes(w, spec)

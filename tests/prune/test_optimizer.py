@@ -132,3 +132,7 @@ def test_bad_input_raises():
     optimizer = prune.masked(optax.sgd(0.1), {"w": jnp.ones((6, 4), bool)})
     with pytest.raises(ValueError, match="needs the parameters"):
         optimizer.update(PARAMS, optimizer.init(PARAMS))
+    for where in (lambda o: o, lambda o: optax.chain(optax.clip(1.0), o)):
+        outside = prune.masked(where(qat.quantize_state(optax.adam(0.1), min_size=1)), {})
+        with pytest.raises(ValueError, match=r"masks inside, quantize_state\(masked\("):
+            outside.init(PARAMS)

@@ -259,11 +259,43 @@ def test_activations_and_their_gradients(name):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, want)
 
 
-def test_a_step_below_zero_is_kept_above_and_grows_again():
-    leaf = leaf_of(qat.lsq(), "w3")
-    below = {"scale": -leaf.learned["scale"]}
-    leaf = dataclasses.replace(leaf, learned=below)
+def only_grows(learned):
+    """Of descent both ways: it leads no further below zero, and one way out."""
+    for name, (down, up) in learned.items():
+        assert np.isfinite(down).all() and np.isfinite(up).all(), name
+        assert (down <= 0).all() and (up <= 0).all(), name
+        assert (down != 0).any() or (up != 0).any(), name
+
+
+BELOW = {"lsq": "w3", "paretoq": "w2", "ttq": "trained ternary", "apot": "apot 4 bits"}
+
+
+@pytest.mark.parametrize("name", BELOW)
+def test_what_is_below_zero_is_kept_above_and_grows_again(name):
+    leaf = leaf_of(getattr(qat, name)(), BELOW[name])
+    leaf = dataclasses.replace(leaf, learned={k: -a for k, a in leaf.learned.items()})
     assert np.isfinite(fake_array(leaf)).all()
-    down = jax.grad(lambda x: jnp.sum(fake_array(x) * jnp.sign(W)))(leaf).learned["scale"]
-    up = jax.grad(lambda x: -jnp.sum(fake_array(x) * jnp.sign(W)))(leaf).learned["scale"]
-    assert (down == 0).all() and (up < 0).all()  # descent on the second raises the step
+    np.testing.assert_array_equal(
+        qj.dequantize(qat.finalize({"kernel": leaf}))["kernel"], fake_array(leaf)
+    )
+    toward = jnp.sign(W) if name != "apot" else jnp.sign(W - W.mean(0))
+    down, up = (
+        jax.grad(lambda x, s=s: jnp.sum(s * fake_array(x) * toward))(leaf).learned for s in (1, -1)
+    )
+    only_grows({k: (down[k], up[k]) for k in down})
+
+
+@pytest.mark.parametrize("name", ["lsq", "pact", "apot", "n2uq"])
+def test_what_is_below_zero_of_an_activation_too(name):
+    estimator, _, learned = ACTIVATIONS[name]
+    # Of what n2uq learns the start may be anywhere, and what scales the input is asked alone.
+    keys = [k for k in learned if k not in ("start", "input", "widths")]
+    below = {k: jnp.float32(v) * (-1 if k in keys else 1) for k, v in learned.items()}
+    act = SPECS.get(name, static(3))
+
+    def total(p, sign):
+        return sign * jnp.sum(estimator.activations(X, p, act, [1], None))
+
+    down, up = (jax.grad(total)(below, sign) for sign in (1.0, -1.0))
+    assert np.isfinite(estimator.activations(X, below, act, [1], None)).all()
+    only_grows({k: (down[k], up[k]) for k in keys})
