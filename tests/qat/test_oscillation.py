@@ -80,6 +80,18 @@ def test_weights_are_frozen_as_algorithm_1_has_it():
     assert 3 <= frozen.sum() < frozen.size
 
 
+def test_what_is_frozen_is_no_gradient_to_the_optimizer():
+    tree = tree_of()
+    optimizer = qat.freeze_oscillations(optax.trace(0.9), 0.02)
+    state = optimizer.init(tree)
+    frozen = jnp.arange(10).reshape(5, 2) % 3 == 0
+    leaves = {"kernel": state.leaves["kernel"]._replace(frozen=frozen)}
+    _, after = optimizer.update(
+        jax.tree.map(jnp.ones_like, tree), state._replace(leaves=leaves), tree
+    )
+    np.testing.assert_array_equal(after.inner.trace["kernel"].value, ~frozen)
+
+
 @pytest.mark.parametrize("how", ["bare", "dampened", "frozen"])
 def test_a_weight_between_two_levels_comes_to_rest(how):
     """The paper's toy: the best weight lies between two levels, so descent straight through the
