@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Integer
 
 from quantjax.blocks import Block, block_sum, sizes, split, spread
 from quantjax.formats import Codebook, ExponentFormat, Format, IntFormat, is_learned
+from quantjax.formats.codebook import count_below
 from quantjax.kmeans import fit_levels
 from quantjax.observers import Grid, magnitude, observe
 from quantjax.packing import pack, packed_axis, unpack
@@ -22,11 +23,13 @@ from quantjax.spec import Granularity, QuantSpec
 
 
 class Scales(NamedTuple):
-    """What is found before rounding: step, code of zero, levels of a learned codebook."""
+    """What is found before rounding: step, code of zero, levels of a learned codebook; thresholds:
+    of an activation, (codes - 1,), as in a QTensor, where levels do not say where cells end."""
 
     scale: jax.Array | QTensor | None
     zero_point: jax.Array | None = None
     codebook: jax.Array | None = None
+    thresholds: jax.Array | None = None
 
 
 def scale_values(scale: jax.Array | QTensor | None) -> jax.Array:
@@ -122,7 +125,10 @@ def _scaled(x: jax.Array, scales: Scales, block: Block) -> Float[Array, "*n"]:
 def encoded(
     x: jax.Array, scales: Scales, format: Format, block: Block, uniform: jax.Array | None = None
 ) -> Float[Array, "*n"]:
-    """Codes of x under given scales, as float32: q = clip(round(x / s) + z, qmin, qmax)."""
+    """Codes of x under given scales, as float32: q = clip(round(x / s) + z, qmin, qmax), or how
+    many thresholds lie below x."""
+    if scales.thresholds is not None:
+        return count_below(x.astype(jnp.float32), scales.thresholds)
     v = _scaled(x, scales, block)
     if isinstance(format, IntFormat):
         return format.encode(v, uniform, _spread_zero(scales, x.shape, block))
@@ -258,7 +264,9 @@ def _snap(format: Format, block: Block, x, scales: Scales, uniform) -> jax.Array
 
 def _snap_forward(format: Format, block, x, scales: Scales, uniform):
     v = _scaled(x, scales, block)
-    if isinstance(format, IntFormat):
+    if scales.thresholds is not None:
+        clips = jnp.zeros(x.shape, bool)
+    elif isinstance(format, IntFormat):
         clips = format.clips(v, _spread_zero(scales, x.shape, block))
     elif isinstance(format, Codebook):
         clips = format.clips(v, scales.codebook)
@@ -293,7 +301,8 @@ def fake_quantize_array(
     """D(Q(x)) in floats: the values that `quantize_array` would store, bit for bit.
 
     Gradient (straight-through): dL/dx = dL/dy where x lies in a cell of the grid, 0 where it is
-    clipped; none to scales, zero points and codebooks.
+    clipped, which under thresholds it is nowhere; none to scales, zero points, codebooks and
+    thresholds.
     """
     return _snap(spec.format, spec.block_shape, x, scales, uniform)
 

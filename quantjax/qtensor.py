@@ -29,6 +29,9 @@ class QTensor:
     codebook: the levels of a learned codebook, (*leading axes, 2^bits), or None.
     act_scale, act_zero_point: of the activation that meets this array, where they are static:
     found by `calibrate`, one for each entry of the leading axes.
+    act_thresholds: where the codes of that activation change, (*leading axes, codes - 1),
+    ascending, if not half way between levels: the code of x is the number of them below it
+    (`qat.n2uq` learns them), or None.
     input_scale: t of the array's rank, of length one along every axis but those that a product
     sums over and the leading ones. A product multiplies its activation by t before it rounds it,
     and then is the product of the codes: AWQ and SmoothQuant, where t can not be folded.
@@ -55,6 +58,7 @@ class QTensor:
     codebook: jax.Array | None = None
     act_scale: jax.Array | None = None
     act_zero_point: jax.Array | None = None
+    act_thresholds: jax.Array | None = None
     input_scale: jax.Array | None = None
     left: jax.Array | None = None
     right: jax.Array | None = None

@@ -253,6 +253,11 @@ def _given_scales(
                 f"were found for the values it was made of and do not follow others: {q!r}. "
                 f"Quantize anew with a policy."
             )
+        if q.act_thresholds is not None:
+            raise ValueError(
+                f"{name}: like= holds thresholds of its activation, which were learned with the "
+                f"values it was made of: {q!r}. Quantize or prepare anew with a policy."
+            )
         spec = QuantSpec(format=q.format, block=q.block, symmetric=q.zero_point is None, act=q.act)
         act = {"act_scale": q.act_scale, "act_zero_point": q.act_zero_point}
         given[i] = (spec, affine.scales_of(q), act)

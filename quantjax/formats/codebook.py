@@ -89,8 +89,8 @@ class Codebook:
         v = jnp.clip(v, _spread(table[..., 0], v), _spread(table[..., -1], v))
         if noise is None:
             middle = (table[..., 1:] + table[..., :-1]) * np.float32(0.5)
-            return _count_below(v, middle)
-        lower = _count_below(v, table, inclusive=True) - 1
+            return count_below(v, middle)
+        lower = count_below(v, table, inclusive=True) - 1
         lower = jnp.clip(lower, 0, np.float32(table.shape[-1] - 2))
         low, high = _lookup(table, lower), _lookup(table, lower + 1)
         # u < p is the upper level; v was clipped, so no product meets this difference.
@@ -123,7 +123,7 @@ def _spread(per_lead: Float[Array, "*lead"], like: jax.Array) -> jax.Array:
     return per_lead.reshape(per_lead.shape + (1,) * (like.ndim - per_lead.ndim))
 
 
-def _count_below(v: jax.Array, edges: jax.Array, inclusive: bool = False) -> Float[Array, "*n"]:
+def count_below(v: jax.Array, edges: jax.Array, inclusive: bool = False) -> Float[Array, "*n"]:
     """How many edges lie below each v (at or below, if inclusive), as float32."""
     above = jnp.greater_equal if inclusive else jnp.greater
     if edges.shape[-1] <= 16:  # compares fuse into the surrounding loop

@@ -171,7 +171,9 @@ def _without_activations(tree: Any) -> Any:
     def one(x: Any) -> Any:
         if not isinstance(x, QTensor):
             return x
-        return dataclasses.replace(x, act=None, act_scale=None, act_zero_point=None)
+        return dataclasses.replace(
+            x, act=None, act_scale=None, act_zero_point=None, act_thresholds=None
+        )
 
     return jax.tree.map(one, tree, is_leaf=is_qtensor)
 

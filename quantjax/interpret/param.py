@@ -204,7 +204,7 @@ def stack(x: Param) -> jax.Array | QTensor | tuple[jax.Array, Trained] | None:
         codebook = jnp.broadcast_to(codebook, (q.shape[0], *codebook.shape))
     scales = [
         None if a is None else jnp.broadcast_to(a, (q.shape[0], *a.shape))
-        for a in (q.act_scale, q.act_zero_point)
+        for a in (q.act_scale, q.act_zero_point, q.act_thresholds)
     ]
     return dataclasses.replace(
         beside_codes(q, lambda a: jnp.broadcast_to(a, (q.shape[0], *a.shape[1:]))),
@@ -213,6 +213,7 @@ def stack(x: Param) -> jax.Array | QTensor | tuple[jax.Array, Trained] | None:
         codebook=codebook,
         act_scale=scales[0],
         act_zero_point=scales[1],
+        act_thresholds=scales[2],
         block=q.block[1:],
     )
 

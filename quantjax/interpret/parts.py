@@ -17,7 +17,8 @@ from quantjax.interpret.param import BESIDE, Axes, Param, beside_codes, reshaped
 from quantjax.packing import packed_length
 from quantjax.qtensor import QTensor
 
-LAYERED = ("codebook", "act_scale", "act_zero_point")  # the children that lead with layers alone
+# The children that lead with layers alone, and how many axes they have behind those.
+LAYERED = {"codebook": 1, "act_scale": 0, "act_zero_point": 0, "act_thresholds": 1}
 
 
 class Cut(NamedTuple):
@@ -78,9 +79,9 @@ def part(x: jax.Array | QTensor, axis: int, what: Cut) -> Any:
     zero = None if x.zero_point is None else step.take(x.zero_point, axis)
     own: dict[str, Any] = {"scale": scale, "zero_point": zero}
     if axis < x.ndim - len(x.block):  # a layer's own
-        for name in LAYERED:
+        for name, behind in LAYERED.items():
             a = getattr(x, name)
-            own[name] = what.take(a, axis) if a is not None and a.ndim > axis else a
+            own[name] = what.take(a, axis) if a is not None and a.ndim - behind > axis else a
     return dataclasses.replace(codes, **own)
 
 

@@ -32,6 +32,8 @@ class Rounded(NamedTuple):
 
     def __str__(self) -> str:
         how = str(self.spec.format) if self.spec.symmetric else f"{self.spec.format} asymmetric"
+        if isinstance(self.given, Scales) and self.given.thresholds is not None:
+            how = f"{how} by thresholds"
         return f"{how}, static" if self.given else how
 
 
@@ -62,7 +64,8 @@ def rounded_activation(eqn: Any, x: Param) -> Rounded | None:
             )
         return Rounded(q.act, None, *own)
     _check_single(x.path, "activation scale", q.act_scale)
-    return Rounded(q.act, Scales(q.act_scale, q.act_zero_point), *own)
+    thresholds = q.act_thresholds if isinstance(q, QTensor) else None
+    return Rounded(q.act, Scales(q.act_scale, q.act_zero_point, thresholds=thresholds), *own)
 
 
 def _check_single(path: str, what: str, a: Any) -> None:

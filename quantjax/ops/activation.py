@@ -43,7 +43,8 @@ def activation_scales(
         return find_scales(x, act.with_block(activation_block(x.ndim, act, summed)))
     single = (1,) * x.ndim
     zero = None if given.zero_point is None else jnp.reshape(given.zero_point, single)
-    return Scales(jnp.reshape(jnp.asarray(given.scale), single), zero)
+    scale = jnp.reshape(jnp.asarray(given.scale), single)
+    return Scales(scale, zero, thresholds=given.thresholds)
 
 
 def fake_activation(

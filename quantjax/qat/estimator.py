@@ -55,8 +55,8 @@ class ActivationEstimator(Protocol):
         Raises ValueError where it needs them."""
 
     def settled(self, learned: Learned, act: QuantSpec) -> Scales | None:
-        """The static scales that `finalize` stores; None where they are found in each call. Raises
-        ValueError where it rounds as no QTensor can."""
+        """The static scales that `finalize` stores, and thresholds where levels do not say where
+        cells end; None where they are found in each call."""
 
     def __call__(
         self,

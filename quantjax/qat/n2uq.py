@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 from quantjax.affine import Scales, fake_quantize_array, scale_values
 from quantjax.blocks import block_mean, spread
 from quantjax.formats import Levels
+from quantjax.formats.codebook import count_below
 from quantjax.qat.estimator import Estimator, Learned, asks_for, instead, kept_above
 from quantjax.scales import TINY, inverse
 from quantjax.spec import QuantSpec
@@ -74,12 +75,12 @@ class N2UQActivations:
         }
 
     def settled(self, learned: Learned, act: QuantSpec) -> Scales:
-        """Raises ValueError: a step and a code of zero do not say where the cells end."""
-        raise ValueError(
-            "the thresholds that n2uq learned of its activation have no place in a QTensor, which "
-            "rounds at equal steps; evaluate the tree itself with intercept, or give this leaf "
-            "other activations, as in Estimator(n2uq().weights, lsq().activations)."
-        )
+        """The step of the levels, and the thresholds in units of x."""
+        widths, low = _cells(learned)
+        step = np.float32(RANGE / len(widths))
+        per_input = inverse(kept_above(learned["input"]))
+        ends = [(d + a / 2) * per_input for d, a in zip(low, widths, strict=True)]
+        return Scales(kept_above(learned["output"]) * step, None, None, jnp.stack(ends, -1))
 
     def __call__(
         self,
@@ -90,19 +91,26 @@ class N2UQActivations:
         key: jax.Array | None,
     ) -> Float[Array, "*x"]:
         """The level of the cell that holds x; NaN and infinity stay."""
-        cells = 2**act.format.bits - 1
-        output = kept_above(learned["output"])
-        widths = kept_above(learned["widths"], NARROWEST)
-        ends = learned["start"] + jnp.cumsum(widths)
+        scale, *_, thresholds = self.settled(learned, act)
+        assert isinstance(scale, jax.Array) and thresholds is not None
+        code = count_below(x.astype(jnp.float32), lax.stop_gradient(thresholds))
         u = x.astype(jnp.float32) * kept_above(learned["input"])
-        code, soft = jnp.zeros(u.shape, jnp.float32), jnp.zeros(u.shape, jnp.float32)
-        for i in range(cells):
-            code += u > ends[i] - widths[i] / 2
-            # The height in a cell's slope, from 0 before it to 1 after it.
-            soft += jnp.clip((u - (ends[i] - widths[i])) / widths[i], 0, 1)
-        step = np.float32(RANGE / cells)
-        y = instead(code * step, soft * step) * output
+        soft = jnp.zeros(u.shape, jnp.float32)
+        for a, d in zip(*_cells(learned), strict=True):
+            soft += jnp.clip((u - d) / a, 0, 1)  # from 0 before the cell to 1 after it
+        y = instead(code, soft) * scale
         return jnp.where(jnp.isfinite(x), y.astype(x.dtype), x)
+
+
+def _cells(learned: Learned) -> tuple[list[jax.Array], list[jax.Array]]:
+    """The widths of all cells, and where they begin, added up one by one: sums of arrays have no
+    order of their own, and would be other bits in another program."""
+    every = kept_above(learned["widths"], NARROWEST)
+    widths = [every[..., i] for i in range(every.shape[-1])]
+    begins = [learned["start"]]
+    for width in widths[:-1]:
+        begins.append(begins[-1] + width)
+    return widths, begins
 
 
 def n2uq() -> Estimator:
@@ -117,8 +125,8 @@ def n2uq() -> Estimator:
     gamma keeps the entropy of weights that are uniform, the mean being that of a block that shares
     a scale, a channel in the paper. Activations ask for an unsigned static format of a few bits,
     weights for half-integer levels ("w2" has them). Cells begin with equal widths, over the
-    calibrated range with `like=`, else over [0, 2]; a width is 0.001 at least. `finalize` raises
-    where activations are trained so: a QTensor has no place for their thresholds.
+    calibrated range with `like=`, else over [0, 2]; a width is 0.001 at least. `finalize` stores
+    the thresholds T_i / beta_1 beside the step, and products are those of integers.
     Source: Liu et al. 2022, arXiv:2111.14826.
 
     >>> from quantjax import qat

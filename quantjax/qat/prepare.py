@@ -15,7 +15,7 @@ import numpy as np
 
 from quantjax import affine
 from quantjax.affine import Scales
-from quantjax.fake_quantized import FakeQuantized, rounded_value
+from quantjax.fake_quantized import FakeQuantized, is_quantized, rounded_value
 from quantjax.formats import IntFormat
 from quantjax.ops import Backward
 from quantjax.paths import named_leaves
@@ -86,14 +86,13 @@ def finalize(tree: Any) -> Any:
 
     `dequantize(finalize(t))` equals the weights of the training forward pass bit for bit, and
     `intercept` runs its products in integers where it can; static activation scales go with it.
-    Raises ValueError, naming the leaf, where an estimator rounds as no QTensor can (`n2uq`).
 
     >>> finalize(prepare({"kernel": jnp.ones((2, 2))}, "w4a8"))["kernel"]
     QTensor(int4, shape=(2, 2), block=allx1, dtype=float32)
     """
-    named, structure = named_leaves(tree)
-    leaves = [_quantized(name, x) if isinstance(x, FakeQuantized) else x for name, x in named]
-    return jax.tree.unflatten(structure, leaves)
+    return jax.tree.map(
+        lambda x: _quantized(x) if isinstance(x, FakeQuantized) else x, tree, is_leaf=is_quantized
+    )
 
 
 def _leaf(x: jax.Array, scales: Scales, uniform: jax.Array | None, *, spec: QuantSpec) -> Any:
@@ -163,7 +162,7 @@ def _as_code(zero_point: jax.Array | None, spec: QuantSpec | None) -> jax.Array 
     return zero_point.astype(spec.format.code_dtype)
 
 
-def _quantized(name: str, x: FakeQuantized) -> Any:
+def _quantized(x: FakeQuantized) -> Any:
     value, scales = rounded_value(x)
     scales = scales._replace(zero_point=_as_code(scales.zero_point, x.spec))
     how = {"transform": affine.quantize_array, "spec": x.spec}
@@ -171,9 +170,12 @@ def _quantized(name: str, x: FakeQuantized) -> Any:
     act = Scales(x.act_scale, x.act_zero_point)
     own = None if x.estimator is None else x.estimator.activations
     if own is not None and x.spec.act is not None:
-        try:
-            act = own.settled(x.act_learned or {}, x.spec.act) or Scales(None)
-        except ValueError as error:
-            raise ValueError(f"{name or 'the leaf'}: {error}") from error
+        act = own.settled(x.act_learned or {}, x.spec.act) or Scales(None)
     zero = _as_code(act.zero_point, x.spec.act)
-    return dataclasses.replace(q, dtype=np.dtype(x.dtype), act_scale=act.scale, act_zero_point=zero)
+    return dataclasses.replace(
+        q,
+        dtype=np.dtype(x.dtype),
+        act_scale=act.scale,
+        act_zero_point=zero,
+        act_thresholds=act.thresholds,
+    )

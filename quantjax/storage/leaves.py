@@ -160,7 +160,7 @@ def skeleton(leaf: Any, name: str) -> Any:
 
 
 _CHILDREN = ("qvalue", "scale", "zero_point", "codebook")
-_ACT_CHILDREN = ("act_scale", "act_zero_point")
+_ACT_CHILDREN = ("act_scale", "act_zero_point", "act_thresholds")
 _BESIDE = ("input_scale", "left", "right")
 _LATER = (*_ACT_CHILDREN, *_BESIDE)  # named in a file only where they are there
 
@@ -243,9 +243,11 @@ def check_qtensor(q: QTensor) -> None:
         raise ValueError(f"codebook: expected (..., {2**q.format.bits}), got {q.codebook.shape}")
     for name in _ACT_CHILDREN:
         child, lead = getattr(q, name), q.shape[: q.ndim - len(q.block)]
+        if name == "act_thresholds" and q.act is not None:
+            lead = (*lead, 2**q.act.format.bits - 1)
         if child is not None and (q.act is None or child.shape != lead):
             raise ValueError(
-                f"{name}: expected an act, and one entry per leading axis, {lead}; got act {q.act} "
+                f"{name}: expected an act, and entries per leading axis, {lead}; got act {q.act} "
                 f"and shape {child.shape}"
             )
     _check_beside(q)

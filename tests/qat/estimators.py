@@ -15,13 +15,11 @@ from quantjax.spec import Granularity, QuantSpec
 
 
 class Case(NamedTuple):
-    """estimator, and the presets or specs of weights it is for; act: of activations, or None;
-    stored: whether a QTensor can hold how it rounds."""
+    """estimator, and the presets or specs of weights it is for; act: of activations, or None."""
 
     estimator: qat.Estimator
     weights: tuple[str, ...]
     act: QuantSpec | None = None
-    stored: bool = True
 
 
 def static(bits: int, *, symmetric: bool = True, format: Format | None = None) -> QuantSpec:
@@ -42,8 +40,7 @@ CASES = {
     "dorefa": Case(qat.dorefa(), ("w4", "w2", "w1"), static(4)),
     "pact": Case(qat.pact(), ("w4",), static(4)),
     "apot": Case(qat.apot(), ("apot 4 bits", "apot 2 bits"), static(4, format=UAPOT)),
-    "n2uq": Case(qat.n2uq(), ("w2",), static(2), stored=False),
-    "n2uq weights": Case(qat.Estimator(qat.n2uq().weights), ("w2",)),
+    "n2uq": Case(qat.n2uq(), ("w2",), static(2)),
     "twn": Case(qat.twn(), ("ternary",)),
     "ttq": Case(qat.ttq(), ("trained ternary",)),
     "bitnet": Case(qat.bitnet(), ("ternary",), preset_spec("w8a8").act),

@@ -1,5 +1,6 @@
 """Does every estimator train, and is what it trained what is stored?"""
 
+import dataclasses
 import functools
 
 import jax
@@ -74,10 +75,6 @@ def same(a, b):
 def test_what_was_trained_is_what_is_stored(case, tmp_path):
     name, weights = case
     tree = after_steps(name, weights)
-    if not CASES[name].stored:
-        with pytest.raises(ValueError, match="a/kernel: the thresholds .* no place in a QTensor"):
-            qat.finalize(tree)
-        return
     stored = qat.finalize(tree)
     in_training = step(tree, OPTIMIZER.init(tree))[3]
     same(qj.dequantize(stored), in_training)
@@ -129,8 +126,7 @@ def test_dtypes_stay(name):
     kinds = [a.dtype for a in jax.tree.leaves(tree)]
     assert [a.dtype for a in jax.tree.leaves(gradient)] == kinds
     assert jax.eval_shape(fake_array, tree["a"]["kernel"]).dtype == jnp.bfloat16
-    if case.stored:
-        assert jax.eval_shape(qat.finalize, tree)["a"]["kernel"].dtype == jnp.bfloat16
+    assert jax.eval_shape(qat.finalize, tree)["a"]["kernel"].dtype == jnp.bfloat16
 
 
 @by_name
@@ -170,3 +166,31 @@ def test_layers_of_a_scan_learn_apart(name):
             layer(gradient["kernel"], i),
             alone["kernel"],
         )
+
+
+def test_thresholds_of_layers_are_stored_and_served(tmp_path):
+    """Several numbers a layer beside its codes: in a scan, and where layers are indexed."""
+    stacked = {"kernel": jnp.stack([PARAMS["a"]["kernel"][:, :6] * s for s in (1.0, 3.0)])}
+
+    def scanned(p, x):
+        return jax.lax.scan(lambda h, k: (jax.nn.relu(h @ k), None), x, p["kernel"])[0]
+
+    def indexed(p, x):
+        for i in range(2):
+            x = jax.nn.relu(x @ p["kernel"][i])
+        return x
+
+    tree = prepared(CASES["n2uq"], "w2", apply=scanned, params=stacked)
+    widths = tree["kernel"].act_learned["widths"] * jnp.array([[0.5, 1.5, 1.0], [1.2, 0.6, 0.4]])
+    learned = {**tree["kernel"].act_learned, "widths": widths}
+    tree = {"kernel": dataclasses.replace(tree["kernel"], act_learned=learned)}
+    qj.save(tmp_path / "a.safetensors", qat.finalize(tree))
+    stored = qj.load(tmp_path / "a.safetensors")
+    assert stored["kernel"].act_thresholds.shape == (2, 3)
+    for apply in (scanned, indexed):
+        run = qj.intercept(apply)
+        np.testing.assert_allclose(run(stored, X), run(tree, X), rtol=1e-5, atol=1e-5)
+    (site,) = {s.act: s for s in qj.intercept(scanned).report(stored, X).sites}.values()
+    assert (site.act, site.lowering) == ("uint2 by thresholds, static", "int8 product")
+    with pytest.raises(ValueError, match="kernel: like= holds thresholds of its activation"):
+        qat.prepare(stacked, like=stored)
