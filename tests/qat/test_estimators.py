@@ -12,8 +12,9 @@ import pytest
 import quantjax as qj
 from quantjax import qat
 from quantjax.fake_quantized import fake_array, is_quantized
+from quantjax.spec import QuantSpec
 from tests.daily import daily
-from tests.qat.estimators import CASES, PARAMS, X, mlp, prepared
+from tests.qat.estimators import CASES, PARAMS, X, mlp, prepared, spec_of, static
 
 # Daily each estimator at its first width, and the two whose arithmetic differs at their last.
 WIDTHS = [(name, w) for name, case in CASES.items() for w in case.weights]
@@ -194,3 +195,23 @@ def test_thresholds_of_layers_are_stored_and_served(tmp_path):
     assert (site.act, site.lowering) == ("uint2 by thresholds, static", "int8 product")
     with pytest.raises(ValueError, match="kernel: like= holds thresholds of its activation"):
         qat.prepare(stacked, like=stored)
+
+
+def test_one_set_of_thresholds_serves_parts_and_layers():
+    """Rows of a weight, and layers that share a scale, have the activation of the whole."""
+    kernel = jnp.stack([PARAMS["a"]["kernel"][:, :6]] * 2)
+
+    def rows(p, x):
+        return x[:, :4] @ p["kernel"][:4]
+
+    def scanned(p, x):
+        return jax.lax.scan(lambda h, k: (jax.nn.relu(h @ k), None), x, p["kernel"])[0]
+
+    for apply, w in ((rows, kernel[0]), (scanned, kernel)):
+        spec = QuantSpec(format=spec_of("w2").format, block=(None,) * w.ndim, act=static(2))
+        like = qj.quantize({"kernel": w}, qj.Policy([("kernel", spec)]))
+        like = {"kernel": dataclasses.replace(like["kernel"], act_scale=jnp.float32(0.5))}
+        tree = qat.prepare({"kernel": w}, like=like, estimator=qat.n2uq())
+        assert tree["kernel"].act_learned["widths"].shape == (3,)
+        run = qj.intercept(apply)
+        np.testing.assert_allclose(run(qat.finalize(tree), X), run(tree, X), rtol=1e-5, atol=1e-5)
