@@ -1,7 +1,7 @@
 """Can levels that are sums of powers of two, so that a product is a few shifts, train well?
 
 Li et al., "Additive Powers-of-Two Quantization: An Efficient Non-uniform Discretization for Neural
-Networks", ICLR 2020, arXiv:1909.13144, equations 5 to 8."""
+Networks", ICLR 2020, arXiv:1909.13144, sections 2.2 to 2.4."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -91,7 +91,7 @@ class APoTActivations:
 
 
 def _moves(v: jax.Array, alpha: jax.Array, hard: jax.Array) -> jax.Array:
-    """dy/dalpha (eq. 7): the sign where v is clipped, Q(v / alpha) - v / alpha elsewhere."""
+    """dy/dalpha (section 2.3): the sign where v is clipped, Q(v / alpha) - v / alpha elsewhere."""
     per_alpha = inverse(lax.stop_gradient(alpha))
     u, level = v.astype(jnp.float32) * per_alpha, hard.astype(jnp.float32) * per_alpha
     return lax.stop_gradient(jnp.where(jnp.abs(u) > 1, jnp.sign(u), level - u))
