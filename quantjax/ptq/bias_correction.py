@@ -23,6 +23,7 @@ from quantjax.interpret.program import Constant, Instruction, Leaf, Value, layer
 from quantjax.interpret.record import Record
 from quantjax.interpret.segments import Segment
 from quantjax.paths import named_leaves
+from quantjax.ptq.layerwise import running
 
 # What may stand between a product and its bias: operations that move elements or cast them.
 MOVES = frozenset({"reshape", "transpose", "squeeze", "expand_dims", "convert_element_type"})
@@ -61,7 +62,7 @@ class BiasCorrection:
             return layer_of(floats[x.path], x.layer)
 
         def as_now(x: Leaf) -> Any:
-            return biases[x] if x in biases else layer_of(now[x.path], x.layer)
+            return biases[x] if x in biases else running(layer_of(now[x.path], x.layer))
 
         uses = _uses(pieces)
         stream = float_stream = pieces.start()

@@ -205,7 +205,7 @@ def _settle(
         return layer_of(floats[x.path], x.layer)
 
     def as_now(x: Leaf) -> Any:
-        return _running(done[x]) if x in done else layer_of(now[x.path], x.layer)
+        return running(done[x]) if x in done else layer_of(now[x.path], x.layer)
 
     leaves = (as_now, in_float)
     tasks = {x: _task(x, forms, resolved, now) for labels in order for x in labels}
@@ -282,7 +282,7 @@ def _solved(solver: Solver, problem: Problem) -> QTensor:
     return solver(problem)
 
 
-def _running(leaf: Any) -> Any:
+def running(leaf: Any) -> Any:
     """A leaf as the batches go on through it: a static scale of its activation that is not found
     yet is found anew in each batch. Weights alone go on as floats, so that one program of a piece
     serves every format."""

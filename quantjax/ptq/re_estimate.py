@@ -31,6 +31,7 @@ from quantjax.interpret.scaling import Solved, solve
 from quantjax.interpret.segments import Segment
 from quantjax.interpret.unknowns import ONE
 from quantjax.paths import named_leaves
+from quantjax.ptq.layerwise import running
 
 _FOLDED = 1e-3  # how near to one the multiplier of a folded norm stays
 
@@ -51,7 +52,11 @@ class ReEstimateBatchNorm:
         )
         named, structure = named_leaves(run.tree)
         tree, floats = dict(named), dict(named_leaves(run.reference)[0])
-        now, before = layer_reader(tree), layer_reader(floats)
+        as_stored, before = layer_reader(tree), layer_reader(floats)
+
+        def now(x: Leaf) -> Any:
+            return running(as_stored(x))
+
         stream, float_stream = pieces.start(), pieces.start()
         for k in range(len(pieces)):
             given = {id for step in pieces.segment(k).instructions for id in step.outputs}

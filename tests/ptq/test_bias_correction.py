@@ -79,6 +79,22 @@ def test_brings_the_network_nearer_on_five_seeds() -> None:
     assert ours < plain
 
 
+def test_static_scales_that_are_not_found_yet_are_those_of_each_batch() -> None:
+    """As a chain has them, before `calibrate` finds those that are left open."""
+    params, x = variables(), images()
+    biases = []
+    for static in (True, False):
+        act = qj.QuantSpec(format=qj.IntFormat(4), block=qj.Granularity.TENSOR, static=static)
+        policy = qj.Policy([(n, qj.QuantSpec(format=qj.IntFormat(3), act=act)) for n in params
+                            if params[n].ndim > 1])  # fmt: skip
+        rounded = qj.quantize(params, policy, sites=qj.sites(network, params, x[0]))
+        with pytest.warns(UserWarning, match="^head: no bias"):
+            run = ptq.bias_correction()(ptq.Run(network, [(b,) for b in x], params, rounded))
+        biases.append(run.tree["bias"])
+    np.testing.assert_array_equal(*biases)
+    assert not np.array_equal(biases[0], params["bias"])
+
+
 def test_a_bias_that_is_used_twice_is_left() -> None:
     def twice(p: Any, x: jax.Array) -> jax.Array:
         return jnp.tanh(x @ p["a"] + p["bias"]) @ p["b"] + p["bias"]

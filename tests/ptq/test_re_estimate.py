@@ -90,6 +90,18 @@ def test_a_folded_norm_gives_the_mean_and_deviation_of_the_float_network():
         np.testing.assert_allclose(a.std(0), b.std(0), rtol=1e-3)
 
 
+def test_static_scales_that_are_not_found_yet_are_those_of_each_batch():
+    params, x = network()
+    means = []
+    for static in (True, False):
+        act = qj.QuantSpec(format=qj.IntFormat(4), block=qj.Granularity.TENSOR, static=static)
+        policy = qj.Policy([("**/w", qj.QuantSpec(format=qj.IntFormat(3), act=act))])
+        run = Run(two, [(x,)], params, qj.quantize(params, policy))
+        means.append(re_estimate_batch_norm()(run).tree["layers"][1]["mean"])
+    np.testing.assert_array_equal(*means)
+    assert not np.array_equal(means[0], params["layers"][1]["mean"])
+
+
 def test_unquantized_networks_keep_their_statistics():
     params, x = network()
     got = qj.calibrate(two, params, [x], re_estimate_batch_norm())
