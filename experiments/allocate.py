@@ -25,10 +25,10 @@ import tyro
 import quantjax as qj
 from experiments.activations import Config as Networks
 from experiments.activations import judges
+from experiments.evaluate import evaluate
 from experiments.post_training import Judge
 from experiments.report import environment, print_table
 from experiments.rows import Rows
-from experiments.train import evaluate
 from quantjax.allocate import Allocation, Mode, Sensitivity, categorical, predicted_loss
 
 FORMATS = ("w1", "w2", "w3", "w4", "w5", "w6", "w8")

@@ -1,197 +1,94 @@
-"""A run on disk: one file of arrays, and a description that says which run it is.
+"""A run on disk, kept by Orbax: the arrays of its state, and what says which run it is.
 
-The file is written beside its place and renamed, so an interrupted write leaves the last whole
-one. Leaves are stored bit for bit under their key paths; nothing is pickled."""
+Each state is a step of its own; the one before is removed when it is whole, so an interrupted write
+leaves the last one. Leaves are stored bit for bit, under their numbers: their key paths, dtypes and
+shapes stand beside the description, and are compared when they are read."""
 
-import dataclasses
-import enum
-import functools
-import hashlib
-import json
-import math
-import os
-import sys
-import types
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-
-from quantjax.fake_quantized import is_quantized
-from quantjax.paths import named_leaves
+import orbax.checkpoint as ocp
 
 Tree = Any  # a pytree of arrays
 
 
-def save(path: Path, tree: Tree, meta: dict) -> None:
-    """Writes the leaves of `tree` and the JSON-able `meta` to `path`, atomically."""
+def save(folder: Path, step: int, tree: Tree, meta: dict) -> None:
+    """Writes the leaves of `tree` and the JSON-able `meta`, in place of those of earlier steps."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    header = {
-        "meta": meta,
-        "leaves": [_entry(*item) for item in leaves],
-        "quantized": _quantized(tree),
-    }
-    # As bytes: the format has no name for bfloat16 and its like.
-    arrays: dict[str, Any] = {
-        str(i): np.frombuffer(np.asarray(leaf).tobytes(), np.uint8)
-        for i, (_, leaf) in enumerate(leaves)
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(scratch, "wb") as stream:
-        np.savez(stream, header=np.array(json.dumps(header)), **arrays)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(scratch, path)
+    header = {"meta": meta, "leaves": [_entry(*item) for item in leaves]}
+    # Orbax refuses arrays without elements; their entries say all of them.
+    arrays = {str(i): _plain(leaf) for i, (_, leaf) in enumerate(leaves) if leaf.size}
+    what = {"header": ocp.args.JsonSave(header), "arrays": ocp.args.StandardSave(arrays)}
+    with _manager(folder) as manager:
+        manager.save(step, args=ocp.args.Composite(**what))
 
 
-def load_meta(path: Path) -> dict:
-    """The `meta` that `save` was given."""
-    with np.load(path) as stored:
-        return json.loads(stored["header"].item())["meta"]
+def load_meta(folder: Path) -> dict | None:
+    """The `meta` of the last step that was saved whole; None where there is none."""
+    if not folder.is_dir():
+        return None
+    with _manager(folder) as manager:
+        step = manager.latest_step()
+        return None if step is None else _header(manager, step)["meta"]
 
 
-def load(path: Path, like: Tree) -> Tree:
+def load(folder: Path, like: Tree) -> Tree:
     """Returns a tree of the structure of `like` with the stored leaves.
 
-    Raises ValueError naming the first leaf whose path, dtype or shape differs, or that is quantized
-    otherwise: by another estimator, in another format."""
-    with np.load(path) as stored:
-        header = json.loads(stored["header"].item())
-        entries = header["leaves"]
-        # A file from before this was written down may hold quantized leaves of any kind.
-        if lines := differences(header.get("quantized", {}), _quantized(like)):
-            raise ValueError(
-                f"{path}: its leaves are quantized otherwise (stored != asked): {lines[0]}."
-            )
-        expected, treedef = jax.tree_util.tree_flatten_with_path(like)
+    Raises ValueError naming the first leaf whose path, dtype or shape differs."""
+    expected, treedef = jax.tree_util.tree_flatten_with_path(like)
+    with _manager(folder) as manager:
+        step = manager.latest_step()
+        if step is None:
+            raise FileNotFoundError(f"{folder}: holds no checkpoint.")
+        entries = _header(manager, step)["leaves"]
         if len(entries) != len(expected):
-            raise ValueError(f"{path}: holds {len(entries)} leaves, expected {len(expected)}.")
-        leaves = []
+            raise ValueError(f"{folder}: holds {len(entries)} leaves, expected {len(expected)}.")
         for i, (entry, item) in enumerate(zip(entries, expected, strict=True)):
             if entry != _entry(*item):
-                raise ValueError(f"{path}: leaf {i} is {entry}, expected {_entry(*item)}.")
-            _, dtype, shape = entry
-            array = np.frombuffer(stored[str(i)].tobytes(), jnp.dtype(dtype)).reshape(shape)
-            leaves.append(jnp.asarray(array))
+                raise ValueError(f"{folder}: leaf {i} is {entry}, expected {_entry(*item)}.")
+        # Onto this device, whichever it was saved from.
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        plain = {str(i): _plain(leaf) for i, (_, leaf) in enumerate(expected) if leaf.size}
+        asked = {
+            i: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device) for i, x in plain.items()
+        }
+        what = ocp.args.Composite(arrays=ocp.args.StandardRestore(asked))
+        arrays = manager.restore(step, args=what).arrays
+    leaves = [_as(leaf, arrays.get(str(i))) for i, (_, leaf) in enumerate(expected)]
     return jax.tree_util.tree_unflatten(treedef, leaves)
 
 
-def digest(arrays: Iterable[np.ndarray]) -> str:
-    """Sixteen hex digits of the SHA-256 of the arrays' dtypes, shapes and bytes."""
-    total = hashlib.sha256()
-    for array in arrays:
-        total.update(f"{array.dtype}{array.shape}".encode())
-        total.update(np.ascontiguousarray(array).data)
-    return total.hexdigest()[:16]
+def _manager(folder: Path) -> ocp.CheckpointManager:
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=1, enable_async_checkpointing=False, cleanup_tmp_directories=True
+    )
+    return ocp.CheckpointManager(folder.absolute(), options=options)
 
 
-def fingerprint(tree: Tree) -> dict[str, list]:
-    """Dtype, shape, sum of magnitudes and Euclidean norm of each leaf, by key path.
-
-    Unlike a digest it forgives the last bits, in which initial values may differ between
-    versions of JAX and devices; `differences` compares numbers to 4 digits."""
-    found = {}
-    for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        values = np.asarray(leaf).astype(np.float64)
-        norms = [float(np.abs(values).sum()), float(np.sqrt((values**2).sum()))]
-        found[jax.tree_util.keystr(key_path)] = [str(leaf.dtype), list(leaf.shape), *norms]
-    return found
-
-
-def describe(value: Any) -> Any:
-    """A JSON-able account of a value, the same in every process, to tell two runs apart.
-
-    A function is named, with the values it closes over: that tells `optax.sgd(0.1)` from
-    `optax.sgd(0.01)`. Two lambdas of one scope with equal closures are not told apart.
-
-    >>> import optax
-    >>> describe(optax.sgd(0.1)) == describe(optax.sgd(0.1))
-    True
-    >>> describe(optax.sgd(0.1)) == describe(optax.sgd(0.01))
-    False
-    """
-    return _describe(value, ())
-
-
-def differences(stored: Any, asked: Any, path: str = "") -> list[str]:
-    """The places where two descriptions differ, as lines `path: stored != asked`.
-
-    Floats agree within a ten-thousandth.
-
-    >>> differences({"epochs": 3}, {"epochs": 5})
-    ['/epochs: 3 != 5']
-    """
-    if isinstance(stored, dict) and isinstance(asked, dict):
-        keys = [*stored, *(k for k in asked if k not in stored)]
-        parts = [(stored.get(k), asked.get(k), f"{path}/{k}") for k in keys]
-    elif isinstance(stored, list) and isinstance(asked, list) and len(stored) == len(asked):
-        parts = [(a, b, f"{path}/{i}") for i, (a, b) in enumerate(zip(stored, asked, strict=True))]
-    else:
-        close = isinstance(stored, float) and isinstance(asked, float | int)
-        same = math.isclose(stored, asked, rel_tol=1e-4) if close else stored == asked
-        return [] if same else [f"{path}: {stored} != {asked}"]
-    return [line for part in parts for line in differences(*part)]
-
-
-def _quantized(tree: Tree) -> dict[str, Any]:
-    """What is static in the quantized leaves, by path: format, estimator and the like."""
-    found = {}
-    for name, leaf in named_leaves(tree)[0]:
-        if is_quantized(leaf):
-            fixed = [f.name for f in dataclasses.fields(leaf) if f.metadata.get("static")]
-            found[name] = {name: describe(getattr(leaf, name)) for name in fixed}
-    return found
+def _header(manager: ocp.CheckpointManager, step: int) -> dict:
+    return manager.restore(step, args=ocp.args.Composite(header=ocp.args.JsonRestore())).header
 
 
 def _entry(key_path: tuple, leaf: Any) -> list:
-    return [jax.tree_util.keystr(key_path), jnp.dtype(leaf.dtype).name, list(leaf.shape)]
+    # The name of a typed key's dtype says its generator.
+    return [jax.tree_util.keystr(key_path), str(leaf.dtype), list(leaf.shape)]
 
 
-def _describe(value: Any, above: tuple[int, ...]) -> Any:
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if id(value) in above:  # a function that closes over itself
-        return "..."
-    inner = functools.partial(_describe, above=(*above, id(value)))
-    if isinstance(value, np.ndarray | np.generic | jax.Array):
-        array = np.asarray(value)
-        return f"{array.dtype}{list(array.shape)} {digest([array])}"
-    if isinstance(value, types.MethodType):
-        return {"method": value.__func__.__qualname__, "of": inner(value.__self__)}
-    if isinstance(value, functools.partial):
-        return {"partial": inner(value.func), "args": inner((value.args, value.keywords))}
-    if isinstance(value, types.FunctionType):
-        names, cells = value.__code__.co_freevars, value.__closure__ or ()
-        closed = {name: inner(_contents(cell)) for name, cell in zip(names, cells, strict=True)}
-        return {"function": f"{_module(value)}.{value.__qualname__}", **closed}
-    if hasattr(value, "__wrapped__"):  # jax.jit and its like
-        return inner(value.__wrapped__)
-    if isinstance(value, enum.Enum | type):
-        return str(value)
-    if isinstance(value, tuple | list):
-        return [inner(item) for item in value]
-    if isinstance(value, set | frozenset):
-        return sorted(str(inner(item)) for item in value)
-    if dataclasses.is_dataclass(value):
-        fields = {f.name: inner(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return {"type": type(value).__qualname__, **fields}
-    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
-        return {key: inner(value[key]) for key in sorted(value)}
-    return type(value).__qualname__  # a cache, a client, ...: not what makes a run
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
-def _module(function: types.FunctionType) -> str:
-    """Its module, by the same name whether that was imported or run with `python -m`."""
-    spec = getattr(sys.modules.get(function.__module__), "__spec__", None)
-    return spec.name if function.__module__ == "__main__" and spec else function.__module__
+def _plain(leaf: Any) -> jax.Array:
+    """An array of numbers: a random key's own."""
+    return jax.random.key_data(leaf) if _is_key(leaf) else jnp.asarray(leaf)
 
 
-def _contents(cell: types.CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # not filled yet
-        return None
+def _as(like: Any, stored: jax.Array | None) -> Any:
+    if stored is None:
+        return like  # without elements
+    if not _is_key(like):
+        return stored
+    return jax.random.wrap_key_data(stored, impl=jax.random.key_impl(like))

@@ -16,7 +16,7 @@ import numpy as np
 
 import quantjax as qj
 from experiments.data import Dataset
-from experiments.train import evaluate
+from experiments.evaluate import evaluate
 from quantjax.policy import preset_spec
 from quantjax.ptq import rtn
 

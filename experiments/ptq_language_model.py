@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int
 
 import quantjax as qj
 from experiments import train_language_model
-from experiments.checkpoint import digest
+from experiments.describe import digest
 from experiments.language_model import DecoderConfig, module
 from experiments.memory import with_peak
 from experiments.method_tables import divergence

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments.checkpoint import differences
+from experiments.describe import differences
 from experiments.report import write_json
 
 

@@ -5,7 +5,7 @@ Result: perplexity 56.3 a token of 4,096 byte pairs on the validation text; on t
 which is 205 a word.
 
 The run is saved after each epoch and resumed. The parameters lie in
-`runs/language_model/checkpoint.npz`; `load` gives them, after training where there are none."""
+`runs/language_model/checkpoint`; `load` gives them, after training where there are none."""
 
 import dataclasses
 from collections.abc import Callable

@@ -16,7 +16,7 @@ import quantjax as qj
 from experiments import ptq_language_model as ptq
 from experiments import train_language_model, wikitext
 from experiments.byte_pairs import learn
-from experiments.checkpoint import describe
+from experiments.describe import describe
 from experiments.language_model import DecoderConfig, forward, initialize, rotate
 from experiments.memory import with_peak
 from experiments.rows import NotApplicable, Rows
