@@ -31,7 +31,7 @@ from experiments.method_tables import divergence
 from experiments.peers import Made, Network, hqq, qwix, torchao
 from experiments.report import environment, print_table
 from experiments.rows import NotApplicable, Rows
-from experiments.wikitext import Windows
+from experiments.windows import Windows
 from quantjax import ptq
 from quantjax.policy import preset_spec
 

@@ -20,7 +20,7 @@ import tyro
 from experiments import wikitext
 from experiments.language_model import DecoderConfig, forward, initialize
 from experiments.train import TrainConfig, classification_loss, steps_per_epoch, train
-from experiments.wikitext import Windows
+from experiments.windows import Windows
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,62 @@
+"""The characters, their windows, and the experiment that trains on them, on a text made up here."""
+
+import json
+
+import numpy as np
+import pytest
+
+from experiments import qat_transformer, shakespeare
+from experiments.language_model import DecoderConfig
+
+LINES = "to be, or not to be:\nthat is the question.\n" * 40
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "input.txt").write_text(LINES)
+    return tmp_path
+
+
+def test_windows_are_the_text_and_what_comes_next(folder):
+    data = shakespeare.load(folder, context=16)
+    say = data.tokenizer.decode
+    whole = len(LINES) * 18 // 20
+    assert say(data.train_images.ravel()) == LINES[: whole // 16 * 16][: data.train_images.size]
+    assert say(data.train_labels.ravel()) == LINES[1 : data.train_images.size + 1]
+    # The three parts follow each other without overlap.
+    assert say(data.validation_images[0]) == LINES[whole : whole + 16]
+    test = len(LINES) * 19 // 20
+    assert say(data.test_images[0]) == LINES[test : test + 16]
+    assert data.test_words == len(say(data.test_labels.ravel()).replace("\n", " ; ").split())
+
+
+def test_a_folder_without_the_text_and_an_unknown_letter_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"tiny Shakespeare: none of .*input\.txt"):
+        shakespeare.load(tmp_path)
+    with pytest.raises(ValueError, match="'z' is not among the 2 characters"):
+        shakespeare.Characters.of("ab").encode("az")
+
+
+def test_a_decoder_for_another_alphabet_is_refused(folder):
+    config = qat_transformer.Config(data_dir=folder, context=16, out=folder / "runs")
+    with pytest.raises(ValueError, match="has 17 characters, the decoder 65"):
+        qat_transformer.main(config)
+
+
+def test_a_row_of_every_table(folder):
+    decoder = DecoderConfig(
+        vocabulary=17, layers=1, width=16, heads=2, key_value_heads=1, hidden=16
+    )
+    config = qat_transformer.Config(
+        data_dir=folder, decoder=decoder, context=16, batch_size=8, epochs=1, more_epochs=1,
+        rates=(1e-3, 2e-3), state_bits=(8,), formats=("ternary",), seeds=(0,), out=folder / "runs",
+    )  # fmt: skip
+    qat_transformer.main(config)
+    rows = json.loads((folder / "runs/results/qat_transformer.json").read_text())["rows"]
+    assert not [row["reason"] for row in rows if "reason" in row]
+    named = {row.get("method", row["table"]): row for row in rows}
+    assert set(named) == {"optimizer", "float", "bitnet", "paretoq"}
+    low = named["bitnet"]
+    assert low["validation_loss"] == min(low["rates"].values()) == low["rates"][f"{low['rate']:g}"]
+    assert low["bits_per_weight"] < named["float"]["bits_per_weight"] == 32
+    assert all(np.isfinite(row["loss"]) for row in rows)
