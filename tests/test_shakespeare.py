@@ -7,6 +7,7 @@ import pytest
 
 from experiments import qat_transformer, shakespeare
 from experiments.language_model import DecoderConfig
+from tests.daily import daily
 
 LINES = "to be, or not to be:\nthat is the question.\n" * 40
 
@@ -43,20 +44,33 @@ def test_a_decoder_for_another_alphabet_is_refused(folder):
         qat_transformer.main(config)
 
 
-def test_a_row_of_every_table(folder):
+@pytest.mark.parametrize(
+    "asked",
+    daily(
+        [{"rates": (1e-3,), "state_bits": (), "formats": ("w2",)}, {"rates": (1e-3, 2e-3)}],
+        [{"rates": (1e-3,), "state_bits": (), "formats": ("w2",)}],
+    ),
+    ids=["one format", "all"],
+)
+def test_every_row_is_a_training(asked, folder):
     decoder = DecoderConfig(
         vocabulary=17, layers=1, width=16, heads=2, key_value_heads=1, hidden=16
     )
     config = qat_transformer.Config(
         data_dir=folder, decoder=decoder, context=16, batch_size=8, epochs=1, more_epochs=1,
-        rates=(1e-3, 2e-3), state_bits=(8,), formats=("ternary",), seeds=(0,), out=folder / "runs",
+        seeds=(0,), out=folder / "runs", **asked,
     )  # fmt: skip
     qat_transformer.main(config)
     rows = json.loads((folder / "runs/results/qat_transformer.json").read_text())["rows"]
     assert not [row["reason"] for row in rows if "reason" in row]
-    named = {row.get("method", row["table"]): row for row in rows}
-    assert set(named) == {"optimizer", "float", "bitnet", "paretoq"}
-    low = named["bitnet"]
+    assert [row["state_bits"] for row in rows if row["table"] == "optimizer"] == list(
+        config.state_bits
+    )
+    trained = {(row["method"], row["format"]): row for row in rows if row["table"] == "formats"}
+    assert set(trained) - {("float", "float32")} == {
+        cell for cell in qat_transformer.WAYS if cell[1] in config.formats
+    }
+    low = trained["lsq", "w2"]
     assert low["validation_loss"] == min(low["rates"].values()) == low["rates"][f"{low['rate']:g}"]
-    assert low["bits_per_weight"] < named["float"]["bits_per_weight"] == 32
+    assert low["bits_per_weight"] < trained["float", "float32"]["bits_per_weight"] == 32
     assert all(np.isfinite(row["loss"]) for row in rows)
