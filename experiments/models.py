@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 class ArticleCNN(nn.Module):
     """Two 3x3 convolutions (32, 64 channels, no padding), a 4x4 average pool, two dense layers.
 
-    conv - relu - conv - relu - average_pool - flatten - dense(100) - relu - dense(classes), with
+    conv - relu - conv - relu - average_pool - flatten - dense(hidden) - relu - dense(classes), with
     batch normalization after each convolution if asked; the convolutions then have no bias, which
     the batch mean would cancel. 28x28 images give 64 * 6 * 6 features
     after the pool, 32x32 give 64 * 7 * 7, 8x8 give 64. `train=True` normalizes by the batch and
@@ -19,12 +19,14 @@ class ArticleCNN(nn.Module):
 
     batch_norm: bool = False
     classes: int = 10
+    channels: tuple[int, int] = (32, 64)
+    hidden: int = 100
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "n h w c"], train: bool = False
     ) -> Float[Array, "n classes"]:
-        for i, channels in enumerate((32, 64), start=1):
+        for i, channels in enumerate(self.channels, start=1):
             bias = not self.batch_norm
             x = nn.Conv(channels, (3, 3), padding="VALID", use_bias=bias, name=f"conv{i}")(x)
             if self.batch_norm:
@@ -32,7 +34,7 @@ class ArticleCNN(nn.Module):
             x = nn.relu(x)
         x = average_pool(x, 4)
         x = x.reshape(x.shape[0], -1)
-        x = nn.relu(nn.Dense(100, name="fc1")(x))
+        x = nn.relu(nn.Dense(self.hidden, name="fc1")(x))
         return nn.Dense(self.classes, name="fc2")(x)
 
 
