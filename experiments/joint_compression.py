@@ -29,7 +29,6 @@ import tyro
 import quantjax as qj
 from experiments.activations import Config as Networks
 from experiments.activations import judges
-from experiments.models import ArticleCNN
 from experiments.optimizers import relative_adam
 from experiments.post_training import Judge
 from experiments.report import environment
@@ -92,7 +91,7 @@ def narrowed(judge: Judge, params: Any, bits: int, budget: int) -> tuple[Judge, 
         raise ValueError(f"no narrower network fits {budget} bytes at {bits} bits.")
     tree = cut(least).params
     first, second, hidden = (tree["params"][n]["bias"].size for n in ("conv1", "conv2", "fc1"))
-    model = ArticleCNN(channels=(first, second), hidden=hidden)
+    model = judge.model.clone(channels=(first, second), hidden=hidden)
     return dataclasses.replace(judge, model=model), tree
 
 
