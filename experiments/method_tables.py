@@ -69,6 +69,41 @@ def lost(payload: Mapping[str, Any], methods: Sequence[str] | None = None, **whe
     return table._replace(lines=[head, *table.lines])
 
 
+def points_lost(rows: Iterable[Row]) -> list[tuple[Row, float]]:
+    """Each row that has a number, with the points of accuracy it lost against the float network of
+    its seed that was trained as long. Rows whose float network is not there yet are left out."""
+    rows = list(rows)
+    top = {
+        row["seed"]: row["accuracy"]
+        for row in rows
+        if row["method"] == "float" and "reason" not in row
+    }
+    return [
+        (row, 100 * (top[row["seed"]] - row["accuracy"]))
+        for row in rows
+        if "reason" not in row and row["seed"] in top
+    ]
+
+
+def trained(payload: Mapping[str, Any], network: str, activations: int) -> Table:
+    """Points lost against the float network that was trained as long, by estimator and bits of a
+    weight, at so many bits of activations; mean over seeds."""
+    rows = _with(payload["rows"], network=network)
+    lost = {id(row): points for row, points in points_lost(rows)}
+    mine = [row for row in _with(rows, activations=activations) if "float" not in row["method"]]
+    mine = [row for row in mine if "reason" in row or id(row) in lost]
+    table = methods_by_formats(mine, lambda row: lost[id(row)])
+    blanks = ("",) * (len(table.columns) - 2)
+    lines = []
+    for method, said in (("float, as it was", "float32 before"), ("float", "float32")):
+        found = [row for row in _with(rows, method=method) if "reason" not in row]
+        if found:
+            accuracy = mean_sd(spread(row["accuracy"] for row in found), 100)
+            points = mean_sd(spread(lost[id(row)] for row in found if id(row) in lost))
+            lines.append((f"{said}, accuracy {accuracy} %", points, *blanks))
+    return table._replace(lines=[*lines, *table.lines])
+
+
 def costs(payload: Mapping[str, Any], **where: Any) -> Table:
     """What a format takes: the median over formats and seeds of the seconds on the clock, of those
     of the processor over all cores, and the memory beyond the network and the images."""
@@ -126,9 +161,11 @@ def _of(methods: Sequence[str] | None, rows: Iterable[Row]) -> list[Row]:
     ]
 
 
-def _place(format: str) -> tuple[bool, list[int]]:
+def _place(format: str) -> tuple[bool, list[float]]:
     """Where a preset's column stands: whether it has activations, then by falling numbers."""
-    return "a" in format, [-int(digits) for digits in re.findall(r"\d+", format)]
+    if format == "ternary":
+        return False, [-math.log2(3)]
+    return "a" in format, [-float(digits) for digits in re.findall(r"\d+", format)]
 
 
 def _with(rows: Iterable[Row], **where: Any) -> list[Row]:

@@ -64,6 +64,13 @@ METHODS: dict[str, Callable[[Any], method_tables.Table]] = {
         method_tables.divergence, field="kl", digits=5, embedding=True
     ),
     "ptq_language_model costs": method_tables.costs,
+    **{
+        f"qat_article {network}_{bits}": partial(
+            method_tables.trained, network=network, activations=bits
+        )
+        for network in ("fashion_mnist", "mnist")
+        for bits in (32, 8, 4, 2)
+    },
     "allocate fashion_mnist": partial(method_tables.allocations, network="fashion_mnist"),
     "allocate mnist": partial(method_tables.allocations, network="mnist"),
     "allocate resnet32": partial(method_tables.allocations, network="resnet32"),

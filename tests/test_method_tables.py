@@ -70,3 +70,33 @@ def test_allocations_compare_the_ways_at_each_budget():
     assert table.columns == ("bytes of", "kB", "uniform, %", "pairs, %", "uniform, KL", "pairs, KL")
     cells = ("w2", "2.0", "50.50 ± 0.71", "60.50 ± 0.71", "5.00e-01", "5.00e-01")
     assert table.lines == [cells]
+
+
+def test_training_is_compared_with_float_networks_trained_as_long():
+    def row(method, format, seed, accuracy, bits=32):
+        key = {"network": "n", "method": method, "format": format, "activations": bits}
+        return key | {"seed": seed, "accuracy": accuracy}
+
+    tops = [row("float", "float32", seed, 0.9 + 0.01 * seed) for seed in (0, 1)]
+    rows = [
+        row("float, as it was", "float32", 0, 0.85),
+        *tops,
+        row("lsq", "w1", 0, 0.70),
+        row("lsq", "ternary", 0, 0.80),
+        row("lsq", "w2", 0, 0.88),
+        row("lsq", "w2", 1, 0.87),
+        row("lsq", "w2", 0, 0.10, bits=2),
+        row("lsq", "w2", 2, 0.50),  # the float network of its seed is not there yet
+        row("lsq", "w2", 0, 0.50) | {"network": "another"},
+        {"network": "n", "method": "twn", "format": "w2", "activations": 32, "seed": 0}
+        | {"reason": "undefined"},
+    ]
+    table = method_tables.trained({"rows": rows}, "n", 32)
+    assert table.columns == ("method", "w2", "ternary", "w1")
+    assert table.lines == [
+        ("float32 before, accuracy 85.00 %", "5.00", "", ""),
+        ("float32, accuracy 90.50 ± 0.71 %", "0.00", "", ""),
+        ("lsq", "3.00 ± 1.41", "10.00", "20.00"),
+        ("twn", "a", "", ""),
+    ]
+    assert table.notes == ["a, undefined"]
