@@ -23,6 +23,7 @@ import tyro
 import quantjax as qj
 from experiments.activations import Config as Networks
 from experiments.activations import judges
+from experiments.optimizers import relative_adam
 from experiments.post_training import Judge
 from experiments.ptq_resnet import batches
 from experiments.qat_plots import estimator_figure
@@ -135,12 +136,7 @@ def optimizers(
     """Adam on a cosine down to zero; and for what is learned the same in shares of its size, as
     steps differ by orders of magnitude between layers and formats."""
     schedule = optax.cosine_decay_schedule(rate, steps)
-    relative = optax.chain(
-        optax.scale_by_adam(),
-        optax.scale_by_param_block_rms(1e-3),
-        optax.scale_by_learning_rate(schedule),
-    )
-    return optax.adam(schedule), relative
+    return optax.adam(schedule), relative_adam(schedule)
 
 
 def prepared(judge: Judge, params: Any, way: Way, weights: str, bits: int) -> Any:
