@@ -23,6 +23,7 @@ from experiments.tables import (
     bench_markdown,
     inference_markdown,
     normal_markdown,
+    training_markdown,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -32,6 +33,7 @@ TABLES = {
     "activations": activations_markdown,
     "bench_quantize": bench_markdown,
     "bench_inference": inference_markdown,
+    "bench_training": training_markdown,
     "normal_error": normal_markdown,
 }
 _resnet = partial(partial, method_tables.lost)

@@ -158,6 +158,19 @@ def inference_markdown(
     return ("case", "float32", *hows), rows
 
 
+def training_markdown(
+    payload: Mapping[str, Any],
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """A step in float in milliseconds, then how many times as long each other kind takes."""
+    found = {(row["network"], row["how"]): row for row in payload["rows"]}
+    hows = list(dict.fromkeys(how for _, how in found if how != "float32"))
+    rows = []
+    for network in dict.fromkeys(network for network, _ in found):
+        base = f"{found[network, 'float32']['median_ms']:.3g} ms"
+        rows.append((network, base, *(f"{found[network, h]['times_as_long']:.2f}" for h in hows)))
+    return ("network", "float32", *hows), rows
+
+
 def _share(row: Mapping[str, Any]) -> str:
     return f"({max(row['share_of_ops'], row['share_of_bandwidth']):.0%})"
 

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import bench_candidates, bench_inference, bench_models, timing
+from experiments import bench_candidates, bench_inference, bench_models, bench_training, timing
 from experiments.bench_models import Case
-from experiments.tables import inference_markdown
+from experiments.tables import inference_markdown, training_markdown
 
 LIMITS = {"read_bytes_per_s": 1e10, "float32_ops_per_s": 1e11, "int8_ops_per_s": 4e11}
 
@@ -120,3 +120,16 @@ def test_the_table_shows_float_first_and_leaves_gaps():
         ("b", "2 ms (25%)", "", "0.10 (10%)"),
         ("compiling the b", "0.50 s", "0.83", ""),
     ]
+
+
+def test_every_kind_of_step_is_timed_beside_the_float_step_and_trains():
+    case = tiny()
+    network = bench_training.Network(case.apply, case.params, case.args[0], jnp.arange(4), "kernel")
+    rows = bench_training.measured("tiny", network, 1)
+    assert [row["how"] for row in rows] == list(bench_training.HOWS)
+    assert rows[0]["times_as_long"] == 1 and all(row["times_as_long"] > 0 for row in rows)
+    columns, (line,) = training_markdown({"rows": rows})
+    assert columns[2:] == tuple(bench_training.HOWS)[1:] and line[0] == "tiny"
+    step = bench_training.stepper(network, bench_training.HOWS["w4a4, lsq"])
+    losses = [float(step()) for _ in range(30)]
+    assert losses[-1] < 0.9 * losses[0]
