@@ -30,26 +30,46 @@ from experiments.qat_plots import estimator_figure
 from experiments.report import environment
 from experiments.rows import NotApplicable, Rows
 from experiments.train import TrainConfig, TrainResult, steps_per_epoch, train
-from quantjax import qat
+from quantjax import formats, qat
 from quantjax.policy import preset_spec
 from quantjax.spec import Granularity
 
 LOW = ("conv2", "fc1")  # the layers between the first and the last
 REFRESH = 50  # steps between two searches of scales that are not learned
-TRAINED_TERNARY = qj.QuantSpec(format=qj.Codebook.learned(2), block=Granularity.TENSOR)
 FEW = ("w4", "w3", "w2", "ternary", "w1")
 
 
 class Way(NamedTuple):
     """estimator: None is straight-through, with scales searched anew as weights move. weights: the
     formats it is defined for. acts: whether its own rule for activations is what it is about.
-    offset: whether activations have a zero point. project: after each step."""
+    offset: whether activations have a zero point. project: after each step. spec: of weights, in
+    place of the preset's. grid: of activations of so many bits, in place of integers; most: of
+    these bits at most."""
 
     estimator: qat.Estimator | None
     weights: tuple[str, ...] = FEW
     acts: bool = False
     offset: bool = False
     project: Callable[[Any], Any] | None = None
+    spec: Callable[[str], qj.QuantSpec] = preset_spec
+    grid: Callable[[int], Any] = functools.partial(qj.IntFormat, signed=False)
+    most: int = 8
+
+
+def trained_ternary(weights: str) -> qj.QuantSpec:
+    """Three levels that are learned."""
+    return qj.QuantSpec(format=qj.Codebook.learned(2), block=Granularity.TENSOR)
+
+
+def powers_of_two(weights: str) -> qj.QuantSpec:
+    """Sums of powers of two, one bound a layer, as in the paper."""
+    return qj.QuantSpec(format=formats.apot(int(weights[1:])), block=Granularity.TENSOR)
+
+
+def half_integers(weights: str) -> qj.QuantSpec:
+    """The preset's bits, on as many levels above zero as below."""
+    grid = qj.IntFormat(int(weights[1:]), levels=qj.Levels.HALF)
+    return dataclasses.replace(preset_spec(weights), format=grid)
 
 
 def of_weights(estimator: qat.Estimator, *weights: str, **how: Any) -> Way:
@@ -64,8 +84,15 @@ WAYS: dict[str, Way] = {
     "dorefa": Way(qat.dorefa(), ("w4", "w3", "w2", "w1")),
     "pact": Way(qat.pact(), ("w4", "w3", "w2", "w1"), acts=True),
     "paretoq": of_weights(qat.paretoq()),
+    "apot": Way(
+        qat.apot(),
+        ("w4", "w3", "w2"),
+        spec=powers_of_two,
+        grid=functools.partial(formats.apot, signed=False),
+    ),
+    "n2uq": Way(qat.n2uq(), ("w4", "w3", "w2"), acts=True, spec=half_integers, most=4),
     "twn": of_weights(qat.twn(), "ternary"),
-    "ttq": of_weights(qat.ttq(), "ternary"),
+    "ttq": of_weights(qat.ttq(), "ternary", spec=trained_ternary),
     "bitnet": of_weights(qat.bitnet(), "ternary"),
     "binary_connect": of_weights(qat.binary_connect(), "w1", project=qat.clip_values),
     "xnor": of_weights(qat.xnor(), "w1"),
@@ -118,8 +145,12 @@ def policies(way: Way, weights: str, bits: int) -> tuple[qj.Policy, qj.Policy]:
         raise NotApplicable("is not defined for these weights")
     if way.acts and bits == 32:
         raise NotApplicable("is about activations; of weights alone it is another one's")
-    low = TRAINED_TERNARY if way is WAYS["ttq"] else preset_spec(weights)
-    low = dataclasses.replace(low, act=activation(bits, offset=way.offset))
+    if way.most < bits < 32:
+        raise NotApplicable(f"learns a threshold for every code, of {way.most} bits at most")
+    act = activation(bits, offset=way.offset)
+    if act is not None:
+        act = dataclasses.replace(act, format=way.grid(bits))
+    low = dataclasses.replace(way.spec(weights), act=act)
     outer = 32 if bits == 32 else 8
 
     def end(signed: bool) -> qj.QuantSpec:

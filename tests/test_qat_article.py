@@ -60,7 +60,7 @@ def test_a_cell_trains_its_bits_and_stores_what_was_judged(judge, params, monkey
     if cell.activations == 32:
         assert set(acts.values()) == {None}
     else:
-        few = qj.IntFormat(cell.activations, signed=False)
+        few = WAYS[cell.method].grid(cell.activations)
         assert (acts["conv2"], acts["fc1"]) == (few, few)
         assert (acts["conv1"], acts["fc2"]) == (qj.IntFormat(8), qj.IntFormat(8, signed=False))
     assert judge.validation(qat_article._seen(tree)) == pytest.approx(
