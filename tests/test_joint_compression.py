@@ -29,6 +29,7 @@ def params(judge):
     return initialize(judge.model, judge.data.image_shape, seed=0)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "method", daily(["prune", "prune, quantize"], ["prune"]), ids=["floats", "8 bits"]
 )

@@ -88,6 +88,7 @@ def test_perturbation_takes_the_loss_it_is_given():
         np.testing.assert_allclose(row.cell("w3").loss, losses[0] - losses[1], rtol=1e-3)
 
 
+@pytest.mark.full
 def test_pairs_are_those_of_the_fisher_matrix():
     params, batches = mlp(), inputs(batches=2)
     matrix = fisher(params, jnp.concatenate(batches))

@@ -360,6 +360,7 @@ FOLDING = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("seed", daily(SEEDS, [SEEDS[0]]))
 @pytest.mark.parametrize("name", daily(FOLDING, ["awq"]))
 def test_scales_move_into_the_parameters_before(name, seed):

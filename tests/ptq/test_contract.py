@@ -125,7 +125,7 @@ def test_bfloat16_is_kept_and_summed_in_float32(name):
     np.testing.assert_allclose(a, b, rtol=2**-8)
 
 
-@each_method
+@most_used
 def test_a_second_call_compiles_nothing(name):
     seen: list[str] = []
     listener = lambda event, seconds, **more: seen.append(event)  # noqa: E731

@@ -184,6 +184,7 @@ def test_a_gain_of_zero_is_a_weight_of_zero():
     np.testing.assert_array_equal(new["norm"], 1.0)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("seed", daily(range(5), [0]))
 def test_channels_with_outliers_round_better_after(seed):
     """Weights with one large input channel, and a stream with one, in 4 bits."""
