@@ -1,6 +1,6 @@
 """How much longer is a step of training through rounding than one in float?
 Run: python -m experiments.bench_training [--publish]
-Time: three minutes on two cores.
+Time: a minute and a half on two cores.
 Result: results/bench_training.json, the ratio of each kind of step to the float step.
 
 The article's network on 64 images of 28x28 and a decoder on 32 windows of 64 characters, both of

@@ -7,6 +7,7 @@ place of a number, the cell has a letter, explained below the table."""
 import math
 import re
 import statistics
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -43,7 +44,8 @@ def methods_by_formats(
         values = [value(row) for row in found if "reason" not in row]
         if values:
             return mean_sd(spread(values), digits=digits)
-        reasons = [row["reason"] for row in found]
+        # An error of another package may be a page long; the JSON has all of it.
+        reasons = [textwrap.shorten(row["reason"], 160) for row in found]
         return letters.setdefault(reasons[0], chr(ord("a") + len(letters))) if reasons else ""
 
     def hardest(method: str) -> float:

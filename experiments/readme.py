@@ -40,7 +40,7 @@ _resnet = partial(partial, method_tables.lost)
 # The front page has the plainest rounding, the best of every package, and the best of ours.
 FRONT_RESNET = (
     "qwix absmax", "torchao absmax", "torchao, exported", "onnxruntime", "hqq package", "absmax",
-    "rtn, outputs", "gptq, paper", "brecq", "gptq",
+    "rtn, outputs", "gptq, paper", "brecq", "gptq", "adaround",
 )  # fmt: skip
 FRONT_LANGUAGE = (
     "torchao absmax", "torchao hqq", "hqq package", "qwix awq", "qwix gptq", "absmax", "hqq",
