@@ -82,6 +82,7 @@ def test_compiling_is_timed_for_every_format():
     assert rows[0]["times_as_long"] == 1 and all(row["median_s"] > 0 for row in rows)
 
 
+@pytest.mark.full
 def test_decoding_a_token_continues_the_prompt():
     """The logits after t tokens are those after t - 1 and, with their cache, one more."""
     width, vocabulary, layers = 32, 16, 2

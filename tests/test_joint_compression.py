@@ -48,6 +48,7 @@ def test_the_widest_network_that_meets_the_bytes_is_taken(judge, params, method)
     assert joint.size(one_more, bits) > budget
 
 
+@pytest.mark.full
 def test_a_row_is_trained_with_a_teacher_and_judged_as_it_is_stored(judge, params):
     config = joint.Config(judge.scratch, epochs=1, batch_size=16)
     row = joint.measured(judge, params, ("prune, quantize", 4, True), config, (1e-2,), 0)

@@ -269,6 +269,7 @@ def test_divergence_is_that_of_the_definition(judge, params):
     assert judge.scores(tree)["kl"] == pytest.approx(expected, rel=1e-3)  # float32 sums cancel
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("format", daily(["w3g64", "w4a8"], ["w4a8"]))
 def test_a_row_says_what_a_method_costs_and_gives(judge, params, format):
     config = dataclasses.replace(TINY)

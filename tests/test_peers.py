@@ -136,6 +136,7 @@ def test_bits_of_a_peer_count_what_those_of_ours_do(resnet):
     assert ptq_resnet.with_floats(bits, policy, resnet.params) == pytest.approx(expected)
 
 
+@pytest.mark.full
 def test_a_row_of_the_language_model_is_judged_by_what_computes_it(decoder):
     draw = np.random.RandomState(0).randint(0, TINY.vocabulary, (5, 13))
     apply = partial(forward, TINY)

@@ -45,6 +45,7 @@ def params(judge):
     return initialize(judge.model, judge.data.image_shape, seed=0)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("cell", daily(CELLS, CELLS[1:2]), ids=str)
 def test_a_cell_trains_its_bits_and_stores_what_was_judged(judge, params, monkeypatch, cell):
     monkeypatch.setattr(qat_article, "batches", lambda judge, seed: [_images(judge)])

@@ -41,6 +41,7 @@ def budgets(report, cost=stored_bytes):
     return [low, *(low + share * (high - low) for share in (0.1, 0.3, 0.6)), high]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("case", daily(MODES, [(Mode.FISHER, True)]))
 def test_no_policy_is_predicted_better(reports, case):
     mode, pairs = case

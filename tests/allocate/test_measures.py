@@ -146,6 +146,7 @@ def test_hessian_is_the_trace():
     assert report.pairs is None
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("mode", daily(Mode, [Mode.FISHER]))
 def test_a_scan_has_a_row_for_each_layer(mode):
     params, batches = scan_params(), inputs()

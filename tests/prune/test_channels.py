@@ -8,6 +8,7 @@ from jax import lax
 
 from experiments.resnet import ResNet
 from quantjax import prune, quantize
+from tests.daily import daily
 
 RELU = jax.nn.relu
 
@@ -120,7 +121,7 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", daily(CASES, ["stream and inner", "heads", "layers"]))
 def test_the_smaller_network_is_the_masked_one(name):
     cut_out, apply, params, x, how, widths = CASES[name]
     cut = cut_out(apply, params, x, **how)

@@ -250,6 +250,7 @@ def convolved(groups: int) -> Callable[[Any, Any], Any]:
     return apply
 
 
+@pytest.mark.full
 @most_used
 def test_groups_of_a_convolution_are_as_each_alone(name):
     if name == "awq":

@@ -64,6 +64,7 @@ def test_gives_what_the_float_network_gives_nearer_than_rounding(
     assert error(params, q, unseen) < 0.8 * error(params, qj.quantize(params, "w2"), unseen)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("finished", daily([1, 2], [2]))
 def test_goes_on_to_the_same_bits_after_each_block(finished: int, tmp_path: Any) -> None:
     params, x = variables(0), [samples(0), samples(1)]
@@ -168,6 +169,7 @@ def test_own_labels_have_the_curvature_of_the_loss() -> None:
     np.testing.assert_allclose(jnp.mean(slopes**2, 0), p * (1 - p), atol=0.02)  # 1 / sqrt(4000)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("case", daily(["one sample", "constant"], ["constant"]))
 def test_poor_data_gives_finite_weights(case: str) -> None:
     params = {name: variables(3)[name] for name in ("block0", "head")}
@@ -189,6 +191,7 @@ def test_an_unknown_block_is_named() -> None:
         qj.calibrate(network, variables(0), [samples(0)], ptq.brecq("w4", blocks=("blok*",)))
 
 
+@pytest.mark.full
 def test_layers_of_a_scan_are_blocks_of_their_own() -> None:
     rng = np.random.default_rng(0)
     params = {"layers": jnp.asarray(rng.normal(size=(3, 8, 8)) / 3, jnp.float32)}

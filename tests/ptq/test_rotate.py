@@ -129,6 +129,7 @@ def test_a_gain_before_a_tied_table_keeps_the_stream():
     assert "embedding" in changed(p, new)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", daily(["linen decoder", "linen ViT"], ["linen decoder"]))
 def test_layer_norms_keep_the_vector_of_ones(name):
     case = CASES[name]()

@@ -275,6 +275,7 @@ def test_bfloat16_stays():
     assert {a.dtype for a in jax.tree.leaves(found)} == {jnp.dtype(jnp.bfloat16)}
 
 
+@pytest.mark.full
 def test_a_network_trains_with_products_of_8_bits_throughout():
     """4-bit weights, 8-bit activations and gradients: the error is that of float gradients."""
     x = normal(128, 6, seed=5)
