@@ -1,7 +1,7 @@
 """At equal bytes, what is best: fewer bits, fewer channels, a teacher, or all of them?
 Run: python -m experiments.joint_compression --data-dir DIR [--networks fashion_mnist] [--publish]
-Time: TIME; rows that are there are not computed again, and a training that was stopped goes on at
-its last epoch.
+Time: a row is a training of four epochs for each rate that is tried, see `seconds` there; rows that
+are there are not computed again, and a training that was stopped goes on at its last epoch.
 Result: results/joint_compression.json, accuracy on the 10,000 test images of Fashion-MNIST.
 
 Budgets are the bytes of the article's network with all weights in 4, 2 and 1 bits, scales and
