@@ -70,5 +70,5 @@ def _qwix(case: Case) -> dict[str, Candidate]:
 
 
 def tree_bytes(tree: Any) -> int:
-    """Bytes of all arrays, codes and scales as they are stored."""
-    return sum(x.nbytes for x in jax.tree.leaves(tree))
+    """Bytes of all arrays, codes and scales as they are stored; of shapes too."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))

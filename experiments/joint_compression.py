@@ -16,8 +16,7 @@ import bisect
 import dataclasses
 import functools
 import itertools
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -29,11 +28,12 @@ import tyro
 import quantjax as qj
 from experiments.activations import Config as Networks
 from experiments.activations import judges
-from experiments.optimizers import relative_adam
+from experiments.bench_candidates import tree_bytes
+from experiments.optimizers import fine_tuning
 from experiments.post_training import Judge
-from experiments.report import environment
 from experiments.rows import Rows
 from experiments.train import TrainConfig, TrainResult, steps_per_epoch, train
+from experiments.tuning import Rates, tuned, tuned_row
 from quantjax import prune, qat
 from quantjax.qat import distill_loss
 
@@ -71,7 +71,7 @@ class Smaller(NamedTuple):
 def size(params: Any, bits: int) -> int:
     """Bytes of all arrays with kernels in so many bits, 32 for float."""
     tree = params if bits == 32 else jax.eval_shape(lambda p: qj.quantize(p, _policy(bits)), params)
-    return sum(_bytes(leaf) for leaf in jax.tree.leaves(tree, is_leaf=_is_q))
+    return tree_bytes(tree)
 
 
 def narrowed(judge: Judge, params: Any, bits: int, budget: int) -> tuple[Judge, Any]:
@@ -126,10 +126,8 @@ def trained(
         return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean(), {}
 
     steps = config.epochs * steps_per_epoch(len(data.train_labels), config.batch_size)
-    schedule = optax.cosine_decay_schedule(rate, steps)
-    asked = TrainConfig(
-        optax.adam(schedule), config.epochs, config.batch_size, seed, relative_adam(schedule)
-    )
+    adam, learned = fine_tuning(rate, steps)
+    asked = TrainConfig(adam, config.epochs, config.batch_size, seed, learned)
     folder = start.judge.scratch / "joint" / f"{name}_{rate:g}x{config.epochs}"
     result = train(apply, start.tree, data, asked, loss_fn=loss, run_dir=folder)
     tree = result.params if start.bits == 32 else qat.finalize(result.params)
@@ -137,32 +135,29 @@ def trained(
 
 
 def measured(
-    judge: Judge, params: Any, cell: tuple[str, int, bool] | None, config: Config,
-    rates: tuple[float, ...], seed: int,
+    judge: Judge, params: Any, cell: tuple[str, int, bool] | None, config: Config, seed: int,
+    rates: Rates,
 ) -> dict[str, Any]:  # fmt: skip
     """A row: the network of the best rate on the test images. None is the float network."""
-    start, worked = time.perf_counter(), time.process_time()
     name = "float" if cell is None else "_".join(map(str, cell)).replace(", ", "_")
     teacher = functools.partial(judge.apply, params) if cell and cell[2] else None
     begun = Smaller(judge, params, 32) if cell is None else smaller(judge, params, *cell[:2])
-    found = {
-        rate: trained(begun, teacher, config, rate=rate, seed=seed, name=name) for rate in rates
-    }
-    cost = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - worked}
-    validation = {rate: r.history[-1].validation_accuracy for rate, (_, r) in found.items()}
-    best = max(rates, key=lambda rate: validation[rate])
-    tree, result = found[best]
+
+    def run(rate: float) -> tuple[Any, TrainResult]:
+        return trained(begun, teacher, config, rate=rate, seed=seed, name=name)
+
+    (tree, result), accuracy, tuning = tuned(
+        rates, run, lambda found: found[1].history[-1].validation_accuracy
+    )
     model = begun.judge.model
     return {
         **begun.judge.test(qj.dequantize(tree))[0],
-        "bytes": sum(_bytes(leaf) for leaf in jax.tree.leaves(tree, is_leaf=_is_q)),
+        "bytes": tree_bytes(tree),
         "bits": begun.bits,
         "widths": [*model.channels, model.hidden],
-        "validation_accuracy": validation[best],
+        "validation_accuracy": accuracy,
         "start_accuracy": result.start[0].accuracy,
-        "rate": best,
-        "rates": {f"{rate:g}": accuracy for rate, accuracy in validation.items()},
-        **cost,
+        **tuning,
     }
 
 
@@ -172,14 +167,6 @@ def _policy(bits: int) -> qj.Policy:
 
 def _prepared(params: Any, bits: int) -> Any:
     return qat.prepare(params, _policy(bits), estimator=qat.lsq())
-
-
-def _is_q(x: Any) -> bool:
-    return isinstance(x, qj.QTensor)
-
-
-def _bytes(leaf: Any) -> int:
-    return leaf.nbytes if _is_q(leaf) else leaf.size * leaf.dtype.itemsize
 
 
 def main(config: Config) -> None:
@@ -194,17 +181,13 @@ def main(config: Config) -> None:
     asked = Networks(data_dir=config.data_dir, seeds=config.seeds, out=config.out)
     cells = [None, *itertools.product(config.methods, config.budgets, config.distil)]
     for network in config.networks:
-        chosen: dict[Any, float] = {}
+        chosen: dict[Hashable, float] = {}
         for seed, (judge, params) in zip(config.seeds, judges(asked, network), strict=True):
             for cell in cells:
                 method, budget, distil = cell or ("float", 32, False)
                 key = dict(network=network, method=method, budget=budget, distil=distil, seed=seed)
-                rates = (chosen[cell],) if cell in chosen else config.rates
-                compute = functools.partial(measured, judge, params, cell, config, rates, seed)
-                found = rows.row(key, compute, **environment())
-                print(found, flush=True)
-                if "rate" in found:
-                    chosen.setdefault(cell, found["rate"])
+                compute = functools.partial(measured, judge, params, cell, config, seed)
+                tuned_row(rows, key, compute, chosen, cell, config.rates)
 
 
 if __name__ == "__main__":

@@ -14,3 +14,12 @@ def relative_adam(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
         optax.scale_by_param_block_rms(1e-3),
         optax.scale_by_learning_rate(rate),
     )
+
+
+def fine_tuning(
+    rate: float, steps: int
+) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
+    """Of weights, Adam on a cosine down to zero; and of what is learned, the same by shares of its
+    size."""
+    schedule = optax.cosine_decay_schedule(rate, steps)
+    return optax.adam(schedule), relative_adam(schedule)

@@ -12,24 +12,23 @@ A rate is chosen on validation images, with the first seed; the test images are 
 import dataclasses
 import functools
 import itertools
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import optax
 import tyro
 
 import quantjax as qj
 from experiments.activations import Config as Networks
 from experiments.activations import judges
-from experiments.optimizers import relative_adam
+from experiments.optimizers import fine_tuning
 from experiments.post_training import Judge
 from experiments.ptq_resnet import batches
 from experiments.qat_plots import estimator_figure
 from experiments.report import environment
 from experiments.rows import NotApplicable, Rows
 from experiments.train import TrainConfig, TrainResult, steps_per_epoch, train
+from experiments.tuning import Rates, tuned, tuned_row
 from quantjax import formats, qat
 from quantjax.policy import preset_spec
 from quantjax.spec import Granularity
@@ -161,15 +160,6 @@ def policies(way: Way, weights: str, bits: int) -> tuple[qj.Policy, qj.Policy]:
     return between, qj.Policy([("conv1/kernel", end(True)), ("fc2/kernel", end(False))])
 
 
-def optimizers(
-    rate: float, steps: int
-) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
-    """Adam on a cosine down to zero; and for what is learned the same in shares of its size, as
-    steps differ by orders of magnitude between layers and formats."""
-    schedule = optax.cosine_decay_schedule(rate, steps)
-    return optax.adam(schedule), relative_adam(schedule)
-
-
 def prepared(judge: Judge, params: Any, way: Way, weights: str, bits: int) -> Any:
     """The tree that is trained, from scales that lose least of weights and of activations."""
     trees = []
@@ -226,7 +216,7 @@ def fine_tuned(
             tree = prepared(judge, params, way, weights, bits)
 
     def run(rate: float) -> tuple[Any, TrainResult]:
-        adam, learned = optimizers(rate, steps)
+        adam, learned = fine_tuning(rate, steps)
         asked = TrainConfig(adam, config.epochs, config.batch_size, seed, learned)
         folder = judge.scratch / "qat" / f"{name}_{weights}_{bits}_{rate:g}x{config.epochs}"
         result = train(apply, tree, judge.data, asked, run_dir=folder, **how)
@@ -240,28 +230,18 @@ def fine_tuned(
 
 
 def measured(
-    judge: Judge, params: Any, cell: Cell, config: Config, seed: int, rates: tuple[float, ...]
+    judge: Judge, params: Any, cell: Cell, config: Config, seed: int, rates: Rates
 ) -> dict[str, Any]:
     """The row of the best rate, what each rate came to on the validation images, and seconds."""
-    start, worked = time.perf_counter(), time.process_time()
     run = fine_tuned(judge, params, cell, config, seed)
-    found = {rate: run(rate) for rate in rates}
-    cost = {
-        "seconds": time.perf_counter() - start,
-        "cpu_seconds": time.process_time() - worked,
-    }
-    validation = {rate: judge.validation(_seen(tree)) for rate, (tree, _) in found.items()}
-    best = max(rates, key=lambda rate: validation[rate])
-    tree, result = found[best]
+    (tree, result), accuracy, tuning = tuned(rates, run, lambda x: judge.validation(_seen(x[0])))
     scores, _ = judge.test(_seen(tree))
     return {
         **scores,
-        "validation_accuracy": validation[best],
+        "validation_accuracy": accuracy,
         "start_accuracy": result.start[0].accuracy,
-        "rate": best,
-        "rates": {f"{rate:g}": accuracy for rate, accuracy in validation.items()},
         "bits_per_weight": qj.summary(tree).totals.bits_per_weight,
-        **cost,
+        **tuning,
     }
 
 
@@ -278,18 +258,14 @@ def network_rows(rows: Rows, config: Config, network: str) -> None:
     asked = Networks(data_dir=config.data_dir, seeds=config.seeds, out=config.out)
     product = itertools.product(config.estimators, config.weights, config.activations)
     cells = [FLOAT, *(Cell(*cell) for cell in product)]
-    chosen: dict[Cell, float] = {}
+    chosen: dict[Hashable, float] = {}
     for seed, (judge, params) in zip(config.seeds, judges(asked, network), strict=True):
         base: dict[str, Any] = {"network": network, "seed": seed}
         key = FLOAT._replace(method="float, as it was")._asdict() | base
         print(rows.row(key, functools.partial(untrained, judge, params), **environment()))
         for cell in cells:
-            rates = (chosen[cell],) if cell in chosen else config.rates
-            compute = functools.partial(measured, judge, params, cell, config, seed, rates)
-            row = rows.row(cell._asdict() | base, compute, **environment())
-            print(row, flush=True)
-            if "rate" in row:
-                chosen.setdefault(cell, row["rate"])
+            compute = functools.partial(measured, judge, params, cell, config, seed)
+            tuned_row(rows, cell._asdict() | base, compute, chosen, cell, config.rates)
 
 
 def untrained(judge: Judge, params: Any) -> dict[str, Any]:

@@ -15,7 +15,7 @@ read once."""
 import dataclasses
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -25,12 +25,14 @@ import tyro
 
 import quantjax as qj
 from experiments import shakespeare
+from experiments.bench_candidates import tree_bytes
 from experiments.evaluate import evaluate
 from experiments.language_model import DecoderConfig, forward, initialize
 from experiments.optimizers import relative_adam
 from experiments.report import environment
 from experiments.rows import Rows
 from experiments.train import TrainConfig, TrainResult, steps_per_epoch, train
+from experiments.tuning import Rates, tuned, tuned_row
 from experiments.windows import Windows
 from quantjax import qat
 from quantjax.policy import preset_spec
@@ -116,7 +118,7 @@ def from_scratch(problem: Problem, bits: int) -> tuple[TrainResult, float]:
         evaluation_batch=64,
     )
     state = jax.eval_shape(optimizer.init, params)
-    return result, sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    return result, tree_bytes(state)
 
 
 def more(problem: Problem, params: Any, cell: tuple[str, str] | None, rate: float) -> TrainResult:
@@ -157,27 +159,24 @@ def optimizer_row(problem: Problem, bits: int) -> dict[str, Any]:
     } | cost
 
 
-def format_row(
-    problem: Problem, cell: tuple[str, str] | None, rates: tuple[float, ...]
-) -> dict[str, Any]:
+def format_row(problem: Problem, cell: tuple[str, str] | None, rates: Rates) -> dict[str, Any]:
     """The second training at the best of the rates, and what each came to on the validation text;
     start_loss: of the weights just rounded, on that text."""
     params = from_scratch(problem, 32)[0].params
-    start, worked = time.perf_counter(), time.process_time()
-    found = {rate: more(problem, params, cell, rate) for rate in rates}
-    cost = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - worked}
-    validation = {rate: result.history[-1].validation_loss for rate, result in found.items()}
-    best = min(rates, key=lambda rate: validation[rate])
-    tree = found[best].params
+    result, loss, tuning = tuned(
+        rates,
+        functools.partial(more, problem, params, cell),
+        lambda found: found.history[-1].validation_loss,
+        min,
+    )
+    tree = result.params
     tree = tree if cell is None else qat.finalize(tree)
     return {
         **problem.scores(tree),
-        "validation_loss": validation[best],
-        "start_loss": found[best].start[0].loss,
-        "rate": best,
-        "rates": {f"{rate:g}": loss for rate, loss in validation.items()},
+        "validation_loss": loss,
+        "start_loss": result.start[0].loss,
         "bits_per_weight": qj.summary(tree).totals.bits_per_weight,
-        **cost,
+        **tuning,
     }
 
 
@@ -204,7 +203,7 @@ def main(config: Config) -> None:
     }
     rows = Rows(home / "results" / "qat_transformer.json", head)
     apply = functools.partial(forward, config.decoder)
-    chosen: dict[Any, float] = {}
+    chosen: dict[Hashable, float] = {}
     cells = [None, *(cell for cell in WAYS if cell[1] in config.formats)]
     for seed in config.seeds:
         problem = Problem(config, data, apply, seed)
@@ -215,12 +214,8 @@ def main(config: Config) -> None:
         for cell in cells:
             name, weights = cell or ("float", "float32")
             key = {"table": "formats", "method": name, "format": weights, "seed": seed}
-            rates = (chosen[cell],) if cell in chosen else config.rates
-            compute = functools.partial(format_row, problem, cell, rates)
-            found = rows.row(key, compute, **environment())
-            print(found, flush=True)
-            if "rate" in found:
-                chosen.setdefault(cell, found["rate"])
+            compute = functools.partial(format_row, problem, cell)
+            tuned_row(rows, key, compute, chosen, cell, config.rates)
 
 
 if __name__ == "__main__":

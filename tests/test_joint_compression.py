@@ -51,7 +51,7 @@ def test_the_widest_network_that_meets_the_bytes_is_taken(judge, params, method)
 @pytest.mark.full
 def test_a_row_is_trained_with_a_teacher_and_judged_as_it_is_stored(judge, params):
     config = joint.Config(judge.scratch, epochs=1, batch_size=16)
-    row = joint.measured(judge, params, ("prune, quantize", 4, True), config, (1e-2,), 0)
+    row = joint.measured(judge, params, ("prune, quantize", 4, True), config, 0, (1e-2,))
     assert row["bits"] == 8 and row["rates"] == {"0.01": row["validation_accuracy"]}
     assert row["bytes"] <= joint.size(params, 4) and row["total"] == len(judge.data.test_labels)
     assert row["widths"][0] < 32 and 0 <= row["accuracy"] <= 1

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import quantjax as qj
-from experiments import qat_article
+from experiments import optimizers, qat_article
 from experiments.models import ArticleCNN, initialize
 from experiments.post_training import Judge
 from experiments.qat_article import FLOAT, WAYS, Cell, Config
@@ -76,7 +76,7 @@ def _images(judge):
 def test_what_is_learned_moves_by_shares_of_its_size(judge, params):
     way = WAYS["lsq"]
     tree = qat_article.prepared(judge, params, way, "w4", 32)
-    adam, learned = qat_article.optimizers(0.01, 100)
+    adam, learned = optimizers.fine_tuning(0.01, 100)
     steps = {"small": jnp.full(4, 0.002), "large": jnp.float32(0.5)}
     updates, _ = learned.update(jax.tree.map(jnp.ones_like, steps), learned.init(steps), steps)
     np.testing.assert_allclose(updates["small"], -0.01 * 0.002, rtol=1e-3)
