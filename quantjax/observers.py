@@ -6,6 +6,7 @@ al. 2018, arXiv:1712.05877 (min-max, moving average); Choukroun et al. 2019, arX
 (squared error); Frantar et al. 2022 and the llmc toolkit (Lp error with shrinking range)."""
 
 import dataclasses
+import math
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -186,24 +187,76 @@ def _error(
     unit: jax.Array,
 ) -> Float[Array, "*b"]:
     """Sum over each block of w |unit (x - D(Q(x)))|^p, for the grid that covers [low, high]."""
-    scale, zero_point, codes = _codes(x, low, high, grid)
-    levels = grid.format.decode(codes)
-    levels = levels if zero_point is None else levels - zero_point
-    error = jnp.abs(x.values - levels * scale) * unit
-    error = error * error if p == 2 else error ** np.float32(p)
+    parts = (None if v is None else jnp.expand_dims(v, x.axes) for v in _scales(low, high, grid))
+    error = _loss(x.values, *parts, grid, p, unit)
     return _reduce(jnp.sum, x, error if weights is None else error * weights, 0.0)
 
 
-def _codes(x: Blocked, low: jax.Array, high: jax.Array, grid: Grid):
-    scale, zero_point = scale_of_range(
+ROW = 2**14  # values that meet all ranges at a time: what they lose fits in a cache
+
+
+def _errors(
+    x: Blocked,
+    low: Float[Array, "*b f"],
+    high: Float[Array, "*b f"],
+    grid: Grid,
+    weights: Any,
+    p: float,
+    unit: jax.Array,
+) -> Float[Array, "*b f"]:
+    """`_error` for f ranges of every block, in one pass over x.
+
+    A row of values meets all ranges before the next is read, which vectorizes over ranges: on CPU
+    this takes a tenth of the time of a pass over x for each."""
+    scale, zero_point = _scales(low, high, grid)
+    kept = low.shape[:-1]
+    n = x.values.size // max(math.prod(kept), 1)
+    size = max(min(ROW // max(math.prod(kept), 1), n), 1)
+    short = -n % size
+
+    def rows(values: jax.Array) -> Float[Array, "r s *b"]:
+        """The places of blocks first, cut in rows; zeros fill up the last."""
+        values = jnp.broadcast_to(values, x.values.shape)
+        flat = jnp.moveaxis(values, x.axes, tuple(range(len(x.axes)))).reshape(n, *kept)
+        flat = jnp.pad(flat, [(0, short), *[(0, 0)] * len(kept)])
+        return flat.reshape(-1, size, *kept)
+
+    counted = None
+    if short or weights is not None or x.valid is not None:
+        counted = np.float32(1) if weights is None else weights
+        counted = rows(counted if x.valid is None else jnp.where(x.valid, counted, 0))
+    unit = unit.reshape(*kept, 1)
+
+    def body(total: jax.Array, row: tuple[jax.Array, jax.Array | None]):
+        values, count = row
+        error = _loss(values[..., None], scale, zero_point, grid, p, unit)
+        return total + (error if count is None else error * count[..., None]), None
+
+    start = jnp.zeros((size, *low.shape), jnp.float32)
+    return lax.scan(body, start, (rows(x.values), counted))[0].sum(0)
+
+
+def _loss(
+    values: jax.Array, scale: jax.Array, zero_point: Any, grid: Grid, p: float, unit: jax.Array
+) -> jax.Array:
+    """|unit (x - D(Q(x)))|^p of each value."""
+    levels = grid.format.decode(_codes(values, scale, zero_point, grid))
+    levels = levels if zero_point is None else levels - zero_point
+    error = jnp.abs(values - levels * scale) * unit
+    return error * error if p == 2 else error ** np.float32(p)
+
+
+def _scales(low: jax.Array, high: jax.Array, grid: Grid) -> tuple[jax.Array, jax.Array | None]:
+    return scale_of_range(
         low, high, grid.format, symmetric=grid.symmetric, scale_format=grid.scale_format
     )
-    scale = jnp.expand_dims(scale, x.axes)
-    zero_point = None if zero_point is None else jnp.expand_dims(zero_point, x.axes)
-    v = x.values * inverse(scale)
+
+
+def _codes(values: jax.Array, scale: jax.Array, zero_point: Any, grid: Grid) -> jax.Array:
+    v = values * inverse(scale)
     if isinstance(grid.format, IntFormat):
-        return scale, zero_point, grid.format.encode(v, None, zero_point)
-    return scale, zero_point, grid.format.encode(v)
+        return grid.format.encode(v, None, zero_point)
+    return grid.format.encode(v)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -251,7 +304,8 @@ class _Mse:
     ) -> Range:
         """The best scale for the codes as they are: s = sum(w x l) / sum(w l^2). The error falls
         here and falls again when the codes are rounded anew, so this never hurts."""
-        levels = grid.format.decode(_codes(x, low, high, grid)[2])
+        scale = jnp.expand_dims(_scales(low, high, grid)[0], x.axes)
+        levels = grid.format.decode(_codes(x.values, scale, None, grid))
         w = np.float32(1) if weights is None else weights
         top = _reduce(jnp.sum, x, w * (x.values * unit * levels), 0.0)
         bottom = _reduce(jnp.sum, x, w * (levels * levels), 0.0)
@@ -261,12 +315,9 @@ class _Mse:
 
     def update(self, state: Any, x: Blocked, grid: Grid, weights: Any = None) -> Any:
         low, high = self._widest(x, grid) if state is None else state[:2]
-        unit = _unit(x, low, high)
-
-        def body(fraction: jax.Array) -> jax.Array:
-            return _error(x, low * fraction, high * fraction, grid, weights, self.p, unit)
-
-        errors = lax.map(body, self._fractions())
+        ranges = (end[..., None] * self._fractions() for end in (low, high))
+        errors = _errors(x, *ranges, grid, weights, self.p, _unit(x, low, high))
+        errors = jnp.moveaxis(errors, -1, 0)
         return low, high, errors if state is None else state[2] + errors
 
     def finalize(self, state: Any) -> Range:

@@ -13,7 +13,7 @@ import quantjax as qj
 from quantjax import affine, formats
 from quantjax.blocks import counts, split
 from quantjax.formats import IntFormat, Levels
-from quantjax.observers import Grid, observe
+from quantjax.observers import ROW, Grid, observe
 from quantjax.scales import HUGE, TINY, scale_of_range
 from quantjax.spec import QuantSpec
 from tests.daily import daily, dealt
@@ -144,6 +144,23 @@ def test_mse_over_batches_minimises_the_sum_of_their_errors():
     ]
     got = squared_error(x, high / 7, grid.format)
     assert got <= min(errors) * (1 + 1e-5)  # 1e-5: float32 sums of 768 terms
+
+
+@pytest.mark.parametrize("rows, block", [(10, (4, 1)), (ROW // 2 + 1, (None, 1))])
+def test_mse_over_batches_knows_what_every_range_loses_in_every_block(rows, block):
+    """Also where blocks are short, elements weighted, and the last row of values is not full."""
+    observer, grid = qj.mse(steps=5, lowest=0.1), Grid(IntFormat(3), symmetric=True)
+    x, w = normal((rows, 3)), np.abs(normal((rows, 3), seed=1))
+    weights = split(jnp.asarray(w), block).values
+    _, high, errors = observer.update(None, split(jnp.asarray(x), block), grid, weights)
+    assert errors.shape == (5, *counts(x.shape, block))
+    for (at, values), (_, own) in zip(blocks_of(x, block), blocks_of(w, block), strict=True):
+        scales = np.asarray(high[at]) * np.geomspace(1, 0.1, 5).astype(np.float32) / 3
+        codes = np.clip(np.round(values[..., None] / scales), grid.format.qmin, 3)
+        unit = 2.0 ** np.floor(np.log2(high[at]))  # of these, errors are counted
+        off = (values[..., None] - codes * scales) / unit
+        expected = (own[..., None] * off**2).sum((0, 1))
+        np.testing.assert_allclose(errors[(slice(None), *at)], expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", daily(OBSERVERS, ["ema", "percentile"]))
