@@ -187,8 +187,10 @@ def _error(
     unit: jax.Array,
 ) -> Float[Array, "*b"]:
     """Sum over each block of w |unit (x - D(Q(x)))|^p, for the grid that covers [low, high]."""
-    parts = (None if v is None else jnp.expand_dims(v, x.axes) for v in _scales(low, high, grid))
-    error = _loss(x.values, *parts, grid, p, unit)
+    scale, zero_point = _scales(low, high, grid)
+    if zero_point is not None:
+        zero_point = jnp.expand_dims(zero_point, x.axes)
+    error = _loss(x.values, jnp.expand_dims(scale, x.axes), zero_point, grid, p, unit)
     return _reduce(jnp.sum, x, error if weights is None else error * weights, 0.0)
 
 
@@ -221,9 +223,9 @@ def _errors(
         flat = jnp.pad(flat, [(0, short), *[(0, 0)] * len(kept)])
         return flat.reshape(-1, size, *kept)
 
-    counted = None
+    counted: jax.Array | None = None
     if short or weights is not None or x.valid is not None:
-        counted = np.float32(1) if weights is None else weights
+        counted = jnp.ones(()) if weights is None else weights
         counted = rows(counted if x.valid is None else jnp.where(x.valid, counted, 0))
     unit = unit.reshape(*kept, 1)
 
@@ -315,8 +317,8 @@ class _Mse:
 
     def update(self, state: Any, x: Blocked, grid: Grid, weights: Any = None) -> Any:
         low, high = self._widest(x, grid) if state is None else state[:2]
-        ranges = (end[..., None] * self._fractions() for end in (low, high))
-        errors = _errors(x, *ranges, grid, weights, self.p, _unit(x, low, high))
+        f, unit = self._fractions(), _unit(x, low, high)
+        errors = _errors(x, low[..., None] * f, high[..., None] * f, grid, weights, self.p, unit)
         errors = jnp.moveaxis(errors, -1, 0)
         return low, high, errors if state is None else state[2] + errors
 

@@ -127,6 +127,12 @@ class QuantSpec:
         good part of the time of quantizing a small leaf."""
         return dataclasses.replace(self, block=block, group=None, static=False)
 
+    @functools.lru_cache(maxsize=1024)  # noqa: B019 - as above
+    def of_weights(self) -> "QuantSpec":
+        """The same without activations, on which nothing depends that is found of a weight: what is
+        compiled for one spec then serves others."""
+        return dataclasses.replace(self, act=None)
+
     @property
     def block_shape(self) -> Block:
         """The block as a shape. Raises ValueError where it still depends on the parameter."""

@@ -187,14 +187,14 @@ def over_leaves(
         uniform = noise(spec.rounding, leaf_key, x.shape, name=name)
         how = {"transform": transform, "spec": spec}
         if i in given:
-            finite = on_shards(placed, _finite, x, spec=spec)
+            finite = on_shards(placed, _finite, x, spec=spec.of_weights())
             out = on_shards(placed, apply_scales, x, given[i][1], uniform, **how)
             if is_quantized(out):
                 out = dataclasses.replace(out, **given[i][2])
         elif _exact(spec):
             out, finite = on_shards(placed, _find_and_apply, x, uniform, **how)
         else:
-            scales, finite = on_shards(placed, _find, x, weight[i], spec=spec)
+            scales, finite = on_shards(placed, _find, x, weight[i], spec=spec.of_weights())
             out = on_shards(placed, apply_scales, x, scales, uniform, **how)
         leaves.append(out)
         checks.append((name, finite))

@@ -110,7 +110,7 @@ def calibrate(
     start = empty(watches)
     found = start if state is None else restored(state, start)
 
-    step = jax.jit(functools.partial(_step, apply, watches), static_argnums=(2, 3))
+    step = _compiled(apply, tuple(watches.items()))
     for i, batch in enumerate(itertools.chain(first, batches)):
         leaves, structure = jax.tree.flatten((floats, *arguments(batch)), is_leaf=is_qtensor)
         fixed = tuple(None if is_array(x) else x for x in leaves)
@@ -120,6 +120,19 @@ def calibrate(
             on_batch(i, found)
     check_reached(found, watches, met)
     return _with_scales(tree, watches, found)
+
+
+def _compiled(apply: Callable[..., Any], watches: tuple[tuple[str, Watch], ...]) -> Any:
+    """The step, compiled once for a model that is calibrated again: with other batches, say."""
+    try:
+        return _kept(apply, watches)
+    except TypeError:  # a callable that can not be hashed
+        return _kept.__wrapped__(apply, watches)
+
+
+@functools.lru_cache(maxsize=8)
+def _kept(apply: Callable[..., Any], watches: tuple[tuple[str, Watch], ...]) -> Any:
+    return jax.jit(functools.partial(_step, apply, dict(watches)), static_argnums=(2, 3))
 
 
 def _checkarguments(batches: Any, policy: Any) -> None:

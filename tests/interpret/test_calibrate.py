@@ -328,6 +328,18 @@ def test_compiles_once_for_each_shape():
 
     qj.calibrate(counted, PARAMS, [*BATCHES, *BATCHES], "w8a8")
     assert traces == 1 + 2  # for the sites, and for two sizes
+    qj.calibrate(counted, PARAMS, BATCHES[::-1], "w8a8")
+    assert traces == 3 + 1  # other batches: for the sites alone
+
+
+def test_a_model_that_can_not_be_hashed_is_calibrated_too():
+    @dataclasses.dataclass
+    class Model:
+        def __call__(self, p, x):
+            return mlp(p, x)
+
+    found, expected = (qj.calibrate(f, PARAMS, BATCHES[:1], "w8a8") for f in (Model(), mlp))
+    same(found, expected)
 
 
 @pytest.mark.parametrize("kind", daily([AxisType.Auto, AxisType.Explicit], [AxisType.Explicit]))
