@@ -23,7 +23,9 @@ each = pytest.mark.parametrize("case", daily(WIDTHS, [*FIRST, ("lsq", "w1")]))
 by_name = pytest.mark.parametrize("name", CASES)
 # What they share is asked of one number that is learned, and of several a layer.
 few = pytest.mark.parametrize("name", daily(CASES, ["lsq", "n2uq"]))
+one = pytest.mark.parametrize("name", daily(CASES, ["lsq"]))
 RUN = qj.intercept(mlp)
+run = jax.jit(RUN)
 TARGET = mlp(PARAMS, X)
 
 
@@ -81,7 +83,7 @@ def test_what_was_trained_is_what_is_stored(case, tmp_path):
     same(qj.load(tmp_path / "a.safetensors"), stored)
     assert qj.summary(stored).totals.bits_per_weight < 32
     # The training pass sums floats, inference exact integers: 8 terms, each to 2^-24.
-    np.testing.assert_allclose(RUN(stored, X), RUN(tree, X), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(run(stored, X), run(tree, X), rtol=1e-5, atol=1e-5)
 
 
 @each
@@ -114,7 +116,7 @@ def test_the_second_step_compiles_nothing(name):
     assert step._cache_size() == compiled
 
 
-@by_name
+@few
 def test_dtypes_stay(name):
     case = CASES[name]
     params = jax.tree.map(lambda w: w.astype(jnp.bfloat16), PARAMS)
@@ -138,7 +140,7 @@ def test_a_run_goes_on_to_the_same_bits(name):
     same(trained(half, 2, state)[0], whole)
 
 
-@few
+@one
 def test_layers_of_a_scan_learn_apart(name):
     case = CASES[name]
     stacked = {"kernel": jnp.stack([PARAMS["a"]["kernel"][:, :6] * s for s in (1.0, 3.0)])}
@@ -146,19 +148,19 @@ def test_layers_of_a_scan_learn_apart(name):
     def scanned(p, x):
         return jax.lax.scan(lambda h, k: (jax.nn.relu(h @ k), None), x, p["kernel"])[0]
 
-    def one(p, x):
+    def single(p, x):
         return jax.nn.relu(x @ p["kernel"])
 
     tree = prepared(case, case.weights[0], apply=scanned, params=stacked)
-    gradient = jax.grad(lambda t: jnp.sum(qj.intercept(scanned)(t, X) ** 2))(tree)
+    gradient = jax.jit(jax.grad(lambda t: jnp.sum(qj.intercept(scanned)(t, X) ** 2)))(tree)
     layer = lambda t, i: jax.tree.map(lambda a: a[i], t)  # noqa: E731
-    run = qj.intercept(one)
+    run = qj.intercept(single)
 
     def by_hand(layers):
         return jnp.sum(run(layers[1], run(layers[0], X)) ** 2)
 
     layers = [{"kernel": layer(tree["kernel"], i)} for i in range(2)]
-    for i, alone in enumerate(jax.grad(by_hand)(layers)):
+    for i, alone in enumerate(jax.jit(jax.grad(by_hand))(layers)):
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
             layer(gradient["kernel"], i),
