@@ -117,7 +117,6 @@ METHODS: dict[str, Method] = {
     "smoothquant": calibrated(ptq.smoothquant, needs_activations=True),
     "gptq as published": calibrated(partial(ptq.gptq, candidates=1, rounds=0)),
     "gptq": calibrated(ptq.gptq),
-    "gptq paired": calibrated(partial(ptq.gptq, paired=True)),
     "gptq, rotated": calibrated(lambda policy: qj.chain(ptq.rotate(), ptq.gptq(policy))),
     "gptq, rank 8": calibrated(lambda policy: ptq.low_rank(ptq.gptq(policy), rank=8)),
     "adaround": calibrated(ptq.adaround),
