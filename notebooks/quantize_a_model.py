@@ -35,8 +35,8 @@ from flax import nnx
 from sklearn.datasets import load_digits
 
 import quantjax as qj
-from quantjax.affine import fake_quantize_levels
 from quantjax.blocks import spread
+from quantjax.levels import fake_quantize_levels
 
 SEED = 0
 plt.rcParams.update({"figure.dpi": 80, "axes.grid": True, "grid.alpha": 0.3})

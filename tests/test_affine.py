@@ -9,8 +9,9 @@ from hypothesis import given, settings
 
 import quantjax as qj
 from quantjax import affine, formats
-from quantjax.affine import Scales, fake_quantize_levels
+from quantjax.affine import Scales
 from quantjax.formats import Codebook, IntFormat, Levels
+from quantjax.levels import fake_quantize_levels
 from quantjax.rounding import noise
 from quantjax.spec import QuantSpec
 from tests.daily import daily, dealt

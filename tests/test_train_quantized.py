@@ -14,8 +14,8 @@ import quantjax as qj
 from experiments import metrics, train
 from experiments.train import TrainConfig
 from quantjax import qat
-from quantjax.affine import fake_quantize_levels
 from quantjax.fake_quantized import FakeQuantized, fake_array
+from quantjax.levels import fake_quantize_levels
 from quantjax.policy import preset_spec
 from quantjax.spec import Granularity, QuantSpec
 from tests.daily import daily
