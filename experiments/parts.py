@@ -31,7 +31,9 @@ def split(params: Tree) -> tuple[Parts, Callable[[Parts], Tree]]:
     linen = isinstance(params, Mapping) and "params" in params
     tree = params["params"] if linen else params
     rest = {name: part for name, part in params.items() if name != "params"} if linen else {}
-    without = jax.tree.map(lambda x: None if is_trained(x) else x, tree, is_leaf=is_quantized)
+    without = jax.tree.map(
+        lambda x: None if isinstance(x, FakeQuantized) else x, tree, is_leaf=is_quantized
+    )
     qat.refuse_quantized(without)
     labels = qat.labels(tree)
 
@@ -48,11 +50,6 @@ def split(params: Tree) -> tuple[Parts, Callable[[Parts], Tree]]:
         return {"params": whole, **parts.collections} if linen else whole
 
     return Parts(of(lambda x: x != FIXED), of(lambda x: x == FIXED), rest), join
-
-
-def is_trained(x: Any) -> bool:
-    """Whether x is a leaf of `qat.prepare`, whose floats are trained."""
-    return isinstance(x, FakeQuantized)
 
 
 def optimizer_of(
