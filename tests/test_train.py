@@ -17,6 +17,7 @@ from experiments import checkpoint, describe, train
 from experiments.evaluate import evaluate
 from experiments.metrics import EpochRecord, Judged
 from experiments.models import training_apply
+from experiments.steps import epoch_order
 from experiments.train import TrainConfig, classification_loss
 from tests.daily import daily
 from tests.tiny_run import CONFIG, assert_equal_trees, linear, make_data, zeros
@@ -56,12 +57,11 @@ def test_a_run_learns_and_records_every_epoch():
 
 
 def test_each_epoch_shuffles_by_seed_and_drops_what_does_not_fill_a_batch():
-    orders = [train._epoch_order(43, CONFIG, epoch) for epoch in (0, 1)]
+    orders = [epoch_order(43, 8, 0, epoch) for epoch in (0, 1)]
     assert all(order.shape == (5, 8) and len(np.unique(order)) == 40 for order in orders)
     assert np.any(orders[0] != orders[1])
-    np.testing.assert_array_equal(orders[0], train._epoch_order(43, CONFIG, 0))
-    other = dataclasses.replace(CONFIG, seed=1)
-    assert np.any(orders[0] != train._epoch_order(43, other, 0))
+    np.testing.assert_array_equal(orders[0], epoch_order(43, 8, 0, 0))
+    assert np.any(orders[0] != epoch_order(43, 8, 1, 0))
     with pytest.raises(ValueError, match="7 training images do not fill a batch of 8"):
         train.train(linear, zeros(), make_data(count=7), CONFIG)
 
@@ -134,7 +134,7 @@ def test_every_epoch_trains_on_its_own_shuffle():
     found = train.train(linear, zeros(), data, config)
     x = ((data.train_images / 255 - data.mean) / data.std).reshape(-1, 16)
     w, b = np.zeros((16, 3)), np.zeros(3)
-    for index in (*train._epoch_order(43, config, 0), *train._epoch_order(43, config, 1)):
+    for index in (*epoch_order(43, 20, 0, 0), *epoch_order(43, 20, 0, 1)):
         share = np.exp(x[index] @ w + b)
         error = np.eye(3)[data.train_labels[index]] - share / share.sum(1, keepdims=True)
         w, b = w + 0.1 * x[index].T @ error / 20, b + 0.1 * error.mean(0)
