@@ -1,7 +1,7 @@
 """How much does a residual network lose that trains in few bits, weights and activations?
 Run: python -m experiments.qat_resnet --data-dir DIR [--networks resnet20] [--publish]
 Time: TIME
-Result: results/qat_resnet.json, accuracy on the 10,000 test images of CIFAR-10 after the last epoch.
+Result: results/qat_resnet.json, accuracy on the 10,000 test images of CIFAR-10, after all epochs.
 
 MLPerf Tiny's ResNet-8, or ResNet-20, is trained in float on images that are moved and mirrored at
 random. From there it trains on in the row's format, with learned steps, for as long as the float
@@ -57,7 +57,7 @@ RECIPES: dict[Network, Recipe] = {
 
 
 class Cell(NamedTuple):
-    """One of the table: a name in WAYS, bits, the bits of the outer layers, whether it is taught."""
+    """A name in WAYS, bits, those of the outer layers, whether the float network teaches."""
 
     method: str
     format: str
