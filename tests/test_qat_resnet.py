@@ -1,6 +1,8 @@
 """Does a residual network train in the bits that its row says, from the float one, to what is
 judged?"""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 
 import quantjax as qj
 from experiments import qat_resnet
+from experiments.models import initialize
 from experiments.post_training import Judge, seen
 from experiments.qat_plots import residual_figure
 from experiments.qat_resnet import FLOAT, LAYERS, RECIPES, Cell, Config, Problem
@@ -19,27 +22,25 @@ from quantjax.paths import named_leaves
 from tests.daily import daily
 from tests.tiny_run import make_larger_data
 
-CELLS = [
-    Cell("lsq", "w2a2", "8 bits", True),
-    Cell("lsq", "w3a3", "low"),
-    Cell("lsq", "w1", "8 bits"),
-    Cell("n2uq", "w2a2", "low"),
-    Cell("apot", "w4a4", "low"),
+TINY = ResNet(blocks=1, classes=3, channels=(2,), projection=True)
+PROJECTED = TINY.clone(channels=(2, 4))
+CASES = [
+    (TINY, Cell("lsq", "w2a2", "8 bits", True)),
+    (TINY, Cell("lsq", "w1", "8 bits")),
+    (PROJECTED, Cell("lsq", "w3a3", "low")),
+    (PROJECTED, Cell("n2uq", "w2a2", "low")),
+    (PROJECTED, Cell("apot", "w4a4", "low")),
 ]
-TINY = ResNet(blocks=1, classes=3, channels=(2, 4), projection=True)
-BETWEEN = ("layer1_0/conv1", "layer1_0/conv2", "layer2_0/conv1", "layer2_0/shortcut")
 
 
-@pytest.fixture(scope="module")
-def problem(tmp_path_factory):
-    scratch = tmp_path_factory.mktemp("judge")
-    config = Config(scratch, rates=(0.02,), epochs=1, more_epochs=1, batch_size=16, out=scratch)
-    return Problem(Judge(TINY, make_larger_data(), scratch), config, "resnet8", 0)
-
-
-@pytest.fixture(scope="module")
-def params(problem):
-    return jax.jit(TINY.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+@pytest.fixture
+def problem(tmp_path, monkeypatch):
+    """Of sixteen images for calibration, in place of a thousand."""
+    config = Config(tmp_path, rates=(0.02,), epochs=1, more_epochs=1, batch_size=16, out=tmp_path)
+    data = make_larger_data()
+    images = data.normalize(data.train_images[:16])
+    monkeypatch.setattr(qat_resnet, "batches", lambda judge, seed: [images])
+    return Problem(Judge(TINY, data, tmp_path), config, "resnet8", 0)
 
 
 def test_resnet8_has_the_parameters_of_mlperf_tiny():
@@ -52,23 +53,28 @@ def test_resnet8_has_the_parameters_of_mlperf_tiny():
     assert len(kernels) == 8 + 2
 
 
-@pytest.mark.parametrize("cell", daily(CELLS, CELLS[:1]), ids=str)
-def test_a_cell_trains_its_bits_and_is_judged_as_it_is_stored(problem, params, monkeypatch, cell):
-    images = problem.judge.data.normalize(problem.judge.data.train_images[:16])
-    monkeypatch.setattr(qat_resnet, "batches", lambda judge, seed: [images])
+@pytest.mark.parametrize("case", daily(CASES, CASES[:1]), ids=lambda case: "_".join(case[1][:3]))
+def test_a_cell_trains_its_bits_and_is_judged_as_it_is_stored(problem, case):
+    model, cell = case
+    problem = problem._replace(judge=dataclasses.replace(problem.judge, model=model))
+    params = initialize(model, (8, 8, 1), seed=0)
     result = problem.more(params, cell)(0.02)
     tree = qj.qat.finalize(result.params)
-    kernels = {n.removesuffix("/kernel"): q for n, q in named_leaves(tree)[0] if n.endswith("nel")}
+    kernels = {
+        n.removesuffix("/kernel"): q for n, q in named_leaves(tree)[0] if n.endswith("/kernel")
+    }
     weights, bits = qat_resnet.bits_of(cell.format)
     few, ends = int(weights[1]), int(weights[1]) if cell.ends == "low" else 8
-    assert [kernels[name].format.bits for name in BETWEEN] == 4 * [few]
+    between = kernels.keys() - {"conv1", "linear"}
+    assert ("layer2_0/shortcut" in between) == (model is PROJECTED)
+    assert {kernels[name].format.bits for name in between} == {few}
     assert [kernels[name].format.bits for name in ("conv1", "linear")] == 2 * [ends]
     acts = {name: q.act and q.act.format for name, q in kernels.items()}
     if bits == 32:
         assert set(acts.values()) == {None}
     else:
         grid = WAYS[cell.method].grid(bits)
-        assert acts["conv1"] == qj.IntFormat(8) and {acts[n] for n in BETWEEN} == {grid}
+        assert acts["conv1"] == qj.IntFormat(8) and {acts[n] for n in between} == {grid}
         assert acts["linear"] == (grid if cell.ends == "low" else qj.IntFormat(8, signed=False))
     moved = result.params["batch_stats"]["bn1"]["mean"] - params["batch_stats"]["bn1"]["mean"]
     assert np.all(moved != 0)
@@ -103,12 +109,10 @@ def test_rows_of_other_epochs_are_not_mixed(problem, tmp_path):
 
 @pytest.mark.full
 def test_a_table_is_computed_and_not_computed_again(problem, monkeypatch, capfd):
-    images = problem.judge.data.normalize(problem.judge.data.train_images[:16])
-    monkeypatch.setattr(qat_resnet, "batches", lambda judge, seed: [images])
     monkeypatch.setattr(qat_resnet, "load", lambda name, data_dir: problem.judge.data)
     monkeypatch.setitem(RECIPES, "resnet8", RECIPES["resnet8"]._replace(model=TINY))
-    config = problem.config
-    qat_resnet.main(Config(**(vars(config) | {"formats": ("w2a2",)})))
+    config = dataclasses.replace(problem.config, formats=("w2a2",))
+    qat_resnet.main(config)
     rows = Rows(config.out / "results" / "qat_resnet.json", {}).stored()
     assert [row["method"] for row in rows] == ["float, as it was", "float", "lsq"]
     assert all(0 <= row["accuracy"] <= 1 and row["seconds"] > 0 for row in rows)
@@ -116,7 +120,7 @@ def test_a_table_is_computed_and_not_computed_again(problem, monkeypatch, capfd)
         None, *({"0.02": row["validation_accuracy"]} for row in rows[1:])
     ]  # fmt: skip
     monkeypatch.setattr(qat_resnet, "train", None)
-    qat_resnet.main(Config(**(vars(config) | {"formats": ("w2a2",)})))
+    qat_resnet.main(config)
     assert "resnet8.png" in capfd.readouterr().out
 
 
