@@ -1,6 +1,6 @@
 """How much does a residual network lose that trains in few bits, weights and activations?
 Run: python -m experiments.qat_resnet --data-dir DIR [--networks resnet20] [--publish]
-Time: 105 seconds of one core an epoch of ResNet-8, float or not, of which the rows of the default
+Time: 100 seconds of one core an epoch of ResNet-8, float or not, of which the rows of the default
 take a hundred; ResNet-20 is for accelerators. Rows that are there are not computed again, and a
 training that was stopped goes on at its last epoch.
 Result: results/qat_resnet.json, accuracy on the 10,000 test images of CIFAR-10, after all epochs.
