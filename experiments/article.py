@@ -26,12 +26,12 @@ from experiments.data import load
 from experiments.models import ArticleCNN, initialize, training_apply
 from experiments.post_training import Judge, fitting, policy
 from experiments.report import environment, print_table, write_json
+from experiments.steps import steps_per_epoch
 from experiments.tables import aggregate, table_rows
 from experiments.train import (
     TrainConfig,
     TrainResult,
     classification_loss,
-    steps_per_epoch,
     train,
 )
 

@@ -12,7 +12,8 @@ import optax
 
 import quantjax as qj
 from experiments.data import Dataset
-from experiments.train import TrainConfig, steps_per_epoch, train
+from experiments.steps import steps_per_epoch
+from experiments.train import TrainConfig, train
 
 FORMATS = ("w4", "w3", "w2", "ternary", "w1")
 

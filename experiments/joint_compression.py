@@ -22,20 +22,20 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 import tyro
 
 import quantjax as qj
 from experiments.activations import Config as Networks
 from experiments.activations import judges
 from experiments.bench_candidates import tree_bytes
+from experiments.distillation import distillation_loss
 from experiments.optimizers import fine_tuning
 from experiments.post_training import Judge
 from experiments.rows import Rows
-from experiments.train import TrainConfig, TrainResult, steps_per_epoch, train
+from experiments.steps import steps_per_epoch
+from experiments.train import TrainConfig, TrainResult, train
 from experiments.tuning import Rates, tuned, tuned_row
 from quantjax import prune, qat
-from quantjax.qat import distill_loss
 
 METHODS = ("quantize", "prune", "prune, quantize")
 STEPS = 64  # of the search for a sparsity
@@ -118,13 +118,7 @@ def trained(
     """The network trained on, as it is stored, and how."""
     data = start.judge.data
     apply = start.judge.apply if start.bits == 32 else qj.intercept(start.judge.apply)
-
-    def loss(tree: Any, x: Any, y: Any) -> tuple[Any, dict[str, Any]]:
-        logits = apply(tree, x)
-        if teacher is not None:
-            return distill_loss(logits, teacher(x), y, temperature=4.0, alpha=0.9), {}
-        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean(), {}
-
+    loss = teacher and distillation_loss(lambda tree, x: (apply(tree, x), {}), teacher)
     steps = config.epochs * steps_per_epoch(len(data.train_labels), config.batch_size)
     adam, learned = fine_tuning(rate, steps)
     asked = TrainConfig(adam, config.epochs, config.batch_size, seed, learned)

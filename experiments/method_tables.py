@@ -33,7 +33,7 @@ def methods_by_formats(
     rows: Sequence[Row], value: Callable[[Row], float], *, digits: int = 2
 ) -> Table:
     """One number of every row. Raises ValueError for two rows of one method, format and seed."""
-    formats = sorted({row["format"] for row in rows}, key=_place)
+    formats = sorted({row["format"] for row in rows}, key=format_place)
     keys = [(row["method"], row["format"], row.get("seed")) for row in rows]
     if twice := {key for key in keys if keys.count(key) > 1}:
         raise ValueError(f"more than one row of {sorted(map(str, twice))[:3]}: choose among them.")
@@ -50,7 +50,7 @@ def methods_by_formats(
 
     def hardest(method: str) -> float:
         """The number in the fewest bits of weights alone; no number comes last."""
-        last = [f for f in formats if not _place(f)[0]][-1:]
+        last = [f for f in formats if not format_place(f)[0]][-1:]
         return max((value(r) for r in rows if r["method"] == method and "reason" not in r
                     and r["format"] in last), default=-math.inf)  # fmt: skip
 
@@ -87,14 +87,24 @@ def points_lost(rows: Iterable[Row]) -> list[tuple[Row, float]]:
     ]
 
 
-def trained(payload: Mapping[str, Any], network: str, activations: int) -> Table:
-    """Points lost against the float network that was trained as long, by estimator and bits of a
-    weight, at so many bits of activations; mean over seeds."""
+def variant(row: Row) -> str:
+    """The method of a row with what else tells it from others, where it has such fields."""
+    low = ", all layers low" if row.get("ends") == "low" else ""
+    return row["method"] + low + (", distilled" if row.get("distil") else "")
+
+
+def trained(payload: Mapping[str, Any], network: str, **where: Any) -> Table:
+    """Points lost against the float network that was trained as long, by variant and format, in the
+    rows with these values; mean over seeds."""
     rows = _with(payload["rows"], network=network)
     lost = {id(row): points for row, points in points_lost(rows)}
-    mine = [row for row in _with(rows, activations=activations) if "float" not in row["method"]]
-    mine = [row for row in mine if "reason" in row or id(row) in lost]
-    table = methods_by_formats(mine, lambda row: lost[id(row)])
+    mine = [row for row in _with(rows, **where) if "float" not in row["method"]]
+    mine = [
+        {**row, "method": variant(row), "lost": lost.get(id(row))}
+        for row in mine
+        if "reason" in row or id(row) in lost
+    ]
+    table = methods_by_formats(mine, lambda row: row["lost"])
     blanks = ("",) * (len(table.columns) - 2)
     lines = []
     for method, said in (("float, as it was", "float32 before"), ("float", "float32")):
@@ -163,7 +173,7 @@ def _of(methods: Sequence[str] | None, rows: Iterable[Row]) -> list[Row]:
     ]
 
 
-def _place(format: str) -> tuple[bool, list[float]]:
+def format_place(format: str) -> tuple[bool, list[float]]:
     """Where a preset's column stands: whether it has activations, then by falling numbers."""
     if format == "ternary":
         return False, [-math.log2(3)]

@@ -1,9 +1,12 @@
-"""How does what an estimator learns move? By shares of its own size.
+"""How do weights move, and what an estimator learns? The latter by shares of its own size.
 
 Steps and bounds differ by orders of magnitude between layers and formats, so that one rate in
 absolute terms is too large for some and too small for others. Adafactor does the same to weights:
 Shazeer and Stern, 2018, arXiv:1804.04235, section 8."""
 
+import functools
+
+import jax
 import optax
 
 
@@ -23,3 +26,14 @@ def fine_tuning(
     size."""
     schedule = optax.cosine_decay_schedule(rate, steps)
     return optax.adam(schedule), relative_adam(schedule)
+
+
+def momentum(
+    rate: float, steps: int, *, learned: float = 1e-3, decay: float = 1e-4
+) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
+    """Of weights, Nesterov's momentum of 0.9 on a cosine down to zero, kernels alone decaying; and
+    of what is learned, Adam by shares of its size, on the same cosine from `learned`."""
+    kernels = functools.partial(jax.tree.map, lambda x: x.ndim > 1)
+    descent = optax.sgd(optax.cosine_decay_schedule(rate, steps), momentum=0.9, nesterov=True)
+    weights = optax.chain(optax.add_decayed_weights(decay, mask=kernels), descent)
+    return weights, relative_adam(optax.cosine_decay_schedule(learned, steps))

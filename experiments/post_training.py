@@ -69,22 +69,26 @@ class Judge:
     def row(self, name: str, method: str, tree: Any, reference: Any) -> dict[str, Any]:
         """Everything the tables show of one quantized tree, its size on disk measured.
 
-        Weights alone are dequantized before; where activations are quantized too, products run
-        as `intercept` computes them."""
+        For what its products run on see `seen`."""
         path = self.scratch / "row.qj.safetensors"
         qj.save(path, tree)
-        floats = qj.dequantize(tree)
-        seen = tree if any(_is_q(x) and x.act for x in _leaves(tree)) else floats
-        scores, _ = self.test(seen)
+        judged = seen(tree)
+        scores, _ = self.test(judged)
         return {
             "format": name,
             "method": method,
             **scores,
-            "validation_accuracy": self.validation(seen),
+            "validation_accuracy": self.validation(judged),
             "bytes": path.stat().st_size,
             "bits_per_weight": qj.summary(tree).totals.bits_per_weight,
-            "sqnr_db": _sqnr(reference, floats),
+            "sqnr_db": _sqnr(reference, qj.dequantize(tree)),
         }
+
+
+def seen(tree: Any) -> Any:
+    """The tree as it is judged: weights alone as floats; with activations as it is, for products
+    that `intercept` runs on codes."""
+    return tree if any(_is_q(x) and x.act for x in _leaves(tree)) else qj.dequantize(tree)
 
 
 def policy(

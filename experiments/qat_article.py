@@ -22,81 +22,19 @@ import quantjax as qj
 from experiments.activations import Config as Networks
 from experiments.activations import judges
 from experiments.optimizers import fine_tuning
-from experiments.post_training import Judge
+from experiments.post_training import Judge, seen
 from experiments.ptq_resnet import batches
 from experiments.qat_plots import estimator_figure
 from experiments.report import environment
-from experiments.rows import NotApplicable, Rows
-from experiments.train import TrainConfig, TrainResult, steps_per_epoch, train
+from experiments.rows import Rows
+from experiments.steps import steps_per_epoch
+from experiments.train import TrainConfig, TrainResult, train
 from experiments.tuning import Rates, tuned, tuned_row
-from quantjax import formats, qat
-from quantjax.policy import preset_spec
-from quantjax.spec import Granularity
+from experiments.ways import FEW, WAYS, Layers, parts, prepared
+from quantjax import qat
 
-LOW = ("conv2", "fc1")  # the layers between the first and the last
+LAYERS = Layers("conv1/kernel", ("conv2/kernel", "fc1/kernel"), "fc2/kernel")
 REFRESH = 50  # steps between two searches of scales that are not learned
-FEW = ("w4", "w3", "w2", "ternary", "w1")
-
-
-class Way(NamedTuple):
-    """estimator: None is straight-through, with scales searched anew as weights move. weights: the
-    formats it is defined for. acts: whether its own rule for activations is what it is about.
-    offset: whether activations have a zero point. project: after each step. spec: of weights, in
-    place of the preset's. grid: of activations of so many bits, in place of integers; most: of
-    these bits at most."""
-
-    estimator: qat.Estimator | None
-    weights: tuple[str, ...] = FEW
-    acts: bool = False
-    offset: bool = False
-    project: Callable[[Any], Any] | None = None
-    spec: Callable[[str], qj.QuantSpec] = preset_spec
-    grid: Callable[[int], Any] = functools.partial(qj.IntFormat, signed=False)
-    most: int = 8
-
-
-def trained_ternary(weights: str) -> qj.QuantSpec:
-    """Three levels that are learned."""
-    return qj.QuantSpec(format=qj.Codebook.learned(2), block=Granularity.TENSOR)
-
-
-def powers_of_two(weights: str) -> qj.QuantSpec:
-    """Sums of powers of two, one bound a layer, as in the paper."""
-    return qj.QuantSpec(format=formats.apot(int(weights[1:])), block=Granularity.TENSOR)
-
-
-def half_integers(weights: str) -> qj.QuantSpec:
-    """The preset's bits, on as many levels above zero as below."""
-    grid = qj.IntFormat(int(weights[1:]), levels=qj.Levels.HALF)
-    return dataclasses.replace(preset_spec(weights), format=grid)
-
-
-def of_weights(estimator: qat.Estimator, *weights: str, **how: Any) -> Way:
-    """An estimator of weights, with LSQ's activations."""
-    return Way(qat.Estimator(estimator.weights, qat.lsq().activations), weights or FEW, **how)
-
-
-WAYS: dict[str, Way] = {
-    "straight-through": Way(None),
-    "lsq": Way(qat.lsq()),
-    "lsq_plus": Way(qat.lsq_plus(), acts=True, offset=True),
-    "dorefa": Way(qat.dorefa(), ("w4", "w3", "w2", "w1")),
-    "pact": Way(qat.pact(), ("w4", "w3", "w2", "w1"), acts=True),
-    "paretoq": of_weights(qat.paretoq()),
-    "apot": Way(
-        qat.apot(),
-        ("w4", "w3", "w2"),
-        spec=powers_of_two,
-        grid=functools.partial(formats.apot, signed=False),
-    ),
-    "n2uq": Way(qat.n2uq(), ("w4", "w3", "w2"), acts=True, spec=half_integers, most=4),
-    "twn": of_weights(qat.twn(), "ternary"),
-    "ttq": of_weights(qat.ttq(), "ternary", spec=trained_ternary),
-    "bitnet": of_weights(qat.bitnet(), "ternary"),
-    "binary_connect": of_weights(qat.binary_connect(), "w1", project=qat.clip_values),
-    "xnor": of_weights(qat.xnor(), "w1"),
-    "ir_net": of_weights(qat.ir_net(), "w1"),
-}
 
 
 class Cell(NamedTuple):
@@ -129,56 +67,10 @@ class Config:
     publish: bool = False
 
 
-def activation(bits: int, *, signed: bool = False, offset: bool = False) -> qj.QuantSpec | None:
-    """One static scale for a layer. Rectified inputs are unsigned."""
-    if bits == 32:
-        return None
-    grid = qj.IntFormat(bits, signed=signed)
-    spec = qj.QuantSpec(format=grid, block=Granularity.TENSOR, static=True, observer=qj.mse())
-    return dataclasses.replace(spec, symmetric=not offset)
-
-
-def policies(way: Way, weights: str, bits: int) -> tuple[qj.Policy, qj.Policy]:
-    """Of the layers between, and of the outer ones. Raises NotApplicable."""
-    if weights not in way.weights:
-        raise NotApplicable("is not defined for these weights")
-    if way.acts and bits == 32:
-        raise NotApplicable("is about activations; of weights alone it is another one's")
-    if way.most < bits < 32:
-        raise NotApplicable(f"learns a threshold for every code, of {way.most} bits at most")
-    act = activation(bits, offset=way.offset)
-    if act is not None:
-        act = dataclasses.replace(act, format=way.grid(bits))
-    low = dataclasses.replace(way.spec(weights), act=act)
-    outer = 32 if bits == 32 else 8
-
-    def end(signed: bool) -> qj.QuantSpec:
-        act = activation(outer, signed=signed)
-        return dataclasses.replace(preset_spec("w8"), act=act, observer=qj.mse())
-
-    between = qj.Policy([(f"{layer}/kernel", low) for layer in LOW])
-    return between, qj.Policy([("conv1/kernel", end(True)), ("fc2/kernel", end(False))])
-
-
-def prepared(judge: Judge, params: Any, way: Way, weights: str, bits: int) -> Any:
-    """The tree that is trained, from scales that lose least of weights and of activations."""
-    trees = []
-    ends = qat.lsq()
-    for policy, estimator in zip(policies(way, weights, bits), (way.estimator, ends), strict=True):
-        found: dict[str, Any] = {"policy": policy}
-        if bits != 32:
-            images = batches(judge, seed=0)
-            found = {"like": qj.calibrate(judge.apply, params, images, policy)}
-        trees.append(qat.prepare(params, **found, estimator=estimator))
-    between, outer = (tree["params"] for tree in trees)
-    layers = {name: between[name] if name in LOW else outer[name] for name in between}
-    return params | {"params": layers}
-
-
 def straight_through(judge: Judge, params: Any, weights: str, bits: int) -> dict[str, Any]:
     """What the loop needs to train the floats themselves, through scales that follow them."""
-    rules = [rule for p in policies(WAYS["straight-through"], weights, bits) for rule in p.rules]
-    policy = qj.Policy(rules)
+    found = parts(LAYERS, WAYS["straight-through"], weights, bits)
+    policy = qj.Policy([rule for part in found for rule in part.policy.rules])
     start = qj.quantize(params, policy)
     if bits != 32:
         start = qj.calibrate(judge.apply, params, batches(judge, seed=0), policy)
@@ -213,7 +105,8 @@ def fine_tuned(
             how = straight_through(judge, params, weights, bits)
         else:
             how = {"project": way.project}
-            tree = prepared(judge, params, way, weights, bits)
+            images = [] if bits == 32 else batches(judge, seed=0)
+            tree = prepared(judge.apply, params, parts(LAYERS, way, weights, bits), images)
 
     def run(rate: float) -> tuple[Any, TrainResult]:
         adam, learned = fine_tuning(rate, steps)
@@ -234,8 +127,8 @@ def measured(
 ) -> dict[str, Any]:
     """The row of the best rate, what each rate came to on the validation images, and seconds."""
     run = fine_tuned(judge, params, cell, config, seed)
-    (tree, result), accuracy, tuning = tuned(rates, run, lambda x: judge.validation(_seen(x[0])))
-    scores, _ = judge.test(_seen(tree))
+    (tree, result), accuracy, tuning = tuned(rates, run, lambda x: judge.validation(seen(x[0])))
+    scores, _ = judge.test(seen(tree))
     return {
         **scores,
         "validation_accuracy": accuracy,
@@ -243,13 +136,6 @@ def measured(
         "bits_per_weight": qj.summary(tree).totals.bits_per_weight,
         **tuning,
     }
-
-
-def _seen(tree: Any) -> Any:
-    """Weights alone as floats; with activations, as products in integers want them."""
-    layer = tree["params"]["conv2"]["kernel"]
-    low = isinstance(layer, qj.QTensor) and layer.act is not None
-    return tree if low else qj.dequantize(tree)
 
 
 def network_rows(rows: Rows, config: Config, network: str) -> None:

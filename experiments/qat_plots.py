@@ -1,6 +1,6 @@
 """The figures of training through quantization, drawn from its rows."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from experiments.method_tables import points_lost
+from experiments.method_tables import format_place, points_lost, variant
 from experiments.report import spread
 
 FORMATS = {"w4": "4", "w3": "3", "w2": "2", "ternary": "ternary", "w1": "1"}
@@ -27,36 +27,61 @@ def estimator_figure(rows: Iterable[Mapping[str, Any]], network: str, folder: Pa
         1, max(len(widths), 1), figsize=(3.4 * max(len(widths), 1) + 1.5, 4), squeeze=False,
         sharey=True,
     )  # fmt: skip
-    colors = plt.get_cmap("tab20").colors  # type: ignore[attr-defined]
     for axes, width in zip(panels[0], widths, strict=False):
-        for i, method in enumerate(methods):
-            offset = 0.5 * ((i + 0.5) / len(methods) - 0.5)  # side by side
-            points = {
-                place: spread(v for row, v in lost if (row["method"], row["format"],
-                              row["activations"]) == (method, format, width))
-                for place, format in enumerate(FORMATS)
-                if any((row["method"], row["format"], row["activations"]) == (method, format, width)
-                       for row, _ in lost)
-            }  # fmt: skip
-            axes.errorbar(
-                [place + offset for place in points],
-                [cell["mean"] for cell in points.values()],
-                [cell["sd"] for cell in points.values()],
-                linestyle="none", marker=MARKERS[i % len(MARKERS)], markersize=5, capsize=2,
-                color=colors[i % len(colors)], label=method,
-            )  # fmt: skip
-        axes.axhline(0, color="0.3", linewidth=1)
-        axes.set_yscale("symlog", linthresh=1, linscale=1)
-        axes.set_xticks(range(len(FORMATS)), FORMATS.values(), fontsize=8)
+        _marks(axes, [(r, v) for r, v in lost if r["activations"] == width], FORMATS, methods)
         axes.set_xlabel("bits of a weight")
         axes.set_title("float activations" if width == 32 else f"{width}-bit activations")
-        axes.grid(alpha=0.25)
-    panels[0][0].set_ylabel("points of accuracy lost (linear to 1)")
-    handles = panels[0][0].get_legend_handles_labels()
+    return _stored(figure, panels[0][0], network, folder / f"qat_article_{network}.png")
+
+
+def residual_figure(rows: Iterable[Mapping[str, Any]], network: str, folder: Path) -> Path:
+    """Points lost over formats, a mark for each estimator and variant of it: mean over seeds, and
+    their deviation. Returns the file."""
+    mine = [row for row in rows if row["network"] == network]
+    lost = [(row, v) for row, v in points_lost(mine) if "float" not in row["method"]]
+    names = sorted({row["format"] for row, _ in lost}, key=format_place)
+    figure, axes = plt.subplots(figsize=(5, 4))
+    _marks(axes, lost, {name: name for name in names}, list(dict.fromkeys(
+        variant(row) for row, _ in lost)))  # fmt: skip
+    axes.set_xlabel("format")
+    return _stored(figure, axes, network, folder / f"qat_resnet_{network}.png")
+
+
+def _marks(
+    axes: Any,
+    lost: Sequence[tuple[Mapping[str, Any], float]],
+    formats: Mapping[str, str],
+    methods: Sequence[str],
+) -> None:
+    """A place for each format, with its text below; there, side by side, each method's points."""
+    colors = plt.get_cmap("tab20").colors  # type: ignore[attr-defined]
+    for i, method in enumerate(methods):
+        offset = 0.5 * ((i + 0.5) / len(methods) - 0.5)
+        points = {
+            place: spread(found)
+            for place, format in enumerate(formats)
+            if (found := [v for r, v in lost if (variant(r), r["format"]) == (method, format)])
+        }
+        axes.errorbar(
+            [place + offset for place in points],
+            [cell["mean"] for cell in points.values()],
+            [cell["sd"] for cell in points.values()],
+            linestyle="none", marker=MARKERS[i % len(MARKERS)], markersize=5, capsize=2,
+            color=colors[i % len(colors)], label=method,
+        )  # fmt: skip
+    axes.axhline(0, color="0.3", linewidth=1)
+    axes.set_yscale("symlog", linthresh=1, linscale=1)
+    axes.set_xticks(range(len(formats)), formats.values(), fontsize=8)
+    axes.grid(alpha=0.25)
+
+
+def _stored(figure: Any, first: Any, network: str, path: Path) -> Path:
+    """The figure with the legend of its first panel beside it, as a file."""
+    first.set_ylabel("points of accuracy lost (linear to 1)")
+    handles = first.get_legend_handles_labels()
     figure.legend(*handles, loc="center left", bbox_to_anchor=(0.91, 0.5), fontsize=8)
     figure.suptitle(f"{network}, against the float network trained as long")
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"qat_article_{network}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
     return path

@@ -31,7 +31,8 @@ from experiments.language_model import DecoderConfig, forward, initialize
 from experiments.optimizers import relative_adam
 from experiments.report import environment
 from experiments.rows import Rows
-from experiments.train import TrainConfig, TrainResult, steps_per_epoch, train
+from experiments.steps import steps_per_epoch
+from experiments.train import TrainConfig, TrainResult, train
 from experiments.tuning import Rates, tuned, tuned_row
 from experiments.windows import Windows
 from quantjax import qat

@@ -73,6 +73,8 @@ METHODS: dict[str, Callable[[Any], method_tables.Table]] = {
         for network in ("fashion_mnist", "mnist")
         for bits in (32, 8, 4, 2)
     },
+    "qat_resnet resnet8": partial(method_tables.trained, network="resnet8"),
+    "qat_resnet resnet20": partial(method_tables.trained, network="resnet20"),
     "allocate fashion_mnist": partial(method_tables.allocations, network="fashion_mnist"),
     "allocate mnist": partial(method_tables.allocations, network="mnist"),
     "allocate resnet32": partial(method_tables.allocations, network="resnet32"),

@@ -1,7 +1,9 @@
-"""The published ResNet-32 for CIFAR-10, a deeper network to quantize than the article's.
-He et al., "Deep Residual Learning for Image Recognition", 2015, arXiv:1512.03385, section 4.2.
-Weights: Idelbayev, "Proper ResNet Implementation for CIFAR10/CIFAR100 in PyTorch", as arrays under
-PyTorch's names in one npz. On the 10,000 test images they are right on 92.63 %."""
+"""Residual networks for CIFAR-10: ResNet-20 and -32 (He et al.), ResNet-8 (MLPerf Tiny).
+He et al., "Deep Residual Learning for Image Recognition", 2015, arXiv:1512.03385, section 4.2;
+Banbury et al., "MLPerf Tiny Benchmark", 2021, arXiv:2106.07597.
+Published weights of ResNet-32: Idelbayev, "Proper ResNet Implementation for CIFAR10/CIFAR100 in
+PyTorch", as arrays under PyTorch's names in one npz. On the 10,000 test images they are right on
+92.63 %."""
 
 import dataclasses
 import re
@@ -24,37 +26,46 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Block(nn.Module):
-    """conv - norm - relu - conv - norm, plus the input, relu. Where the channels grow, the input
-    is subsampled and padded with zero channels on both sides (option A, without parameters)."""
+    """conv - norm - relu - conv - norm, plus the input, relu. Where the shape changes, the input is
+    subsampled and padded with zero channels on both sides (option A, without parameters), or, with
+    `projection`, goes through a 1x1 convolution, without the bias that the norm beside it has."""
 
     channels: int
     stride: int = 1
+    projection: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "n h w c"], train: bool) -> Float[Array, "n p q d"]:
         y = _convolved(x, self.channels, self.stride, train, "1")
         y = _convolved(nn.relu(y), self.channels, 1, train, "2")
+        if self.projection and (self.stride, x.shape[-1]) != (1, self.channels):
+            shortcut = nn.Conv(self.channels, (1, 1), self.stride, use_bias=False, name="shortcut")
+            return nn.relu(y + shortcut(x))
         short = x[:, :: self.stride, :: self.stride]
         grown = (self.channels - x.shape[-1]) // 2
         return nn.relu(y + jnp.pad(short, ((0, 0), (0, 0), (0, 0), (grown, grown))))
 
 
 class ResNet(nn.Module):
-    """A 3x3 convolution, three stages of `blocks` at 16, 32 and 64 channels, the mean over the
-    pixels, a dense layer: 6 blocks + 2 layers with weights, 32 for five."""
+    """A 3x3 convolution, a stage of `blocks` at each of 16, 32 and 64 channels, the mean over the
+    pixels, a dense layer: 6 blocks + 2 layers with weights, 32 for five. MLPerf Tiny's ResNet-8 has
+    one block and `projection`, whose layers its name does not count."""
 
     blocks: int = 5
     classes: int = 10
+    channels: tuple[int, ...] = (16, 32, 64)
+    projection: bool = False
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "n h w c"], train: bool = False
     ) -> Float[Array, "n classes"]:
-        x = nn.relu(_convolved(x, 16, 1, train, "1"))
-        for stage, channels in enumerate((16, 32, 64), start=1):
+        x = nn.relu(_convolved(x, self.channels[0], 1, train, "1"))
+        for stage, channels in enumerate(self.channels, start=1):
             for i in range(self.blocks):
                 stride = 2 if stage > 1 and i == 0 else 1
-                x = Block(channels, stride, name=f"layer{stage}_{i}")(x, train)
+                block = Block(channels, stride, self.projection, name=f"layer{stage}_{i}")
+                x = block(x, train)
         return nn.Dense(self.classes, name="linear")(x.mean((1, 2)))
 
 

@@ -16,7 +16,7 @@ twice as fast."""
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -32,6 +32,7 @@ from experiments import checkpoint, describe, metrics
 from experiments.evaluate import evaluate
 from experiments.metrics import EpochRecord, Judged
 from experiments.parts import Parts, check_runs, optimizer_of, run_of, split
+from experiments.steps import epoch_order, segments, steps_per_epoch
 from quantjax import qat
 
 Tree = Any  # a pytree of arrays
@@ -135,6 +136,7 @@ def train(
     refresh: Callable | None = None,
     refresh_every: int = 1,
     project: Callable | None = None,
+    augment: Callable | None = None,
     on_epoch: Callable[[EpochRecord, Tree], None] | None = None,
     run_dir: str | Path | None = None,
     scan: bool | None = None,
@@ -156,7 +158,8 @@ def train(
     quantization-aware training plugs in. With `extra` it is `transform(params, extra)`, and
     `extra = refresh(params, extra, step)`, compiled apart, is called before every step whose
     number divides by `refresh_every`, the first included. `project(trained)` is what a step leaves
-    of the trained parameters, such as `qat.clip_values`.
+    of the trained parameters, such as `qat.clip_values`. `augment(key, images) -> images` changes a
+    batch before it is normalized; its key is made of the seed and the number of the step alone.
 
     The tree is judged on the validation examples before the first step, so that what cannot be
     judged fails at once, and after each epoch. `on_epoch(record, params)` follows, for each run. It
@@ -186,7 +189,7 @@ def train(
     per_epoch = steps_per_epoch(len(data.train_labels), config.batch_size)
     total = max(config.epochs * per_epoch, 1)
     functions = (loss_fn, transform, refresh, refresh_every, project)
-    run = _describe_run(config, data, params, functions)
+    run = _describe_run(config, data, params, functions, augment)
     begun = jnp.zeros(len(seeds) if config.stacked else (), jnp.int32)
     state = TrainState(parts, over_runs(optimizer.init)(parts.trainable), begun)
 
@@ -222,8 +225,10 @@ def train(
 
     loss_fn = loss_fn or classification_loss(lambda tree, x: (apply(tree, x), {}))
     scan = jax.default_backend() != "cpu" if scan is None else scan
-    step = _step(loss_fn, seen, optimizer, data.normalize, project, skip=config.skip)
-    advance = _compile(over_runs(step, (0, 0, None, None, 0)), scan=scan)
+    keys = jax.vmap(jax.random.key)(np.asarray(seeds, np.uint32))
+    keys = keys if config.stacked else keys[0]
+    step = _step(loss_fn, seen, optimizer, data.normalize, project, augment, skip=config.skip)
+    advance = _compile(over_runs(step, (0, 0, 0, None, None, 0)), scan=scan)
     # Its results share no buffer with the state.
     refresh = refresh and jax.jit(over_runs(refresh, (0, 0, None)))
     images, labels = jnp.asarray(data.train_images), jnp.asarray(data.train_labels)
@@ -231,15 +236,16 @@ def train(
         task = progress.add_task("epoch 1", total=config.epochs * per_epoch)
         for epoch in range(len(history) // len(seeds), config.epochs):
             began = time.perf_counter()
-            order = _epoch_order(len(labels), config, epoch)
+            orders = [epoch_order(len(labels), config.batch_size, seed, epoch) for seed in seeds]
+            order = np.stack(orders, 1) if config.stacked else orders[0]
             first_step, reports = epoch * per_epoch, []
-            for first, last in _segments(
+            for first, last in segments(
                 first_step, per_epoch, refresh_every if refresh else 0, scan
             ):
                 if refresh and first % refresh_every == 0:
                     extra = refresh(over_runs(join)(state.parts), extra, first)
                 index = order[first - first_step : last - first_step]
-                state, report = advance(state, extra, images, labels, index)
+                state, report = advance(state, extra, keys, images, labels, index)
                 reports.append(report)
                 # One behind: dispatch does not wait.
                 if not config.skip and not np.asarray(reports[-2:][0].finite).all():
@@ -267,20 +273,17 @@ def train(
     return TrainResult(trained(state), extra, history, start)
 
 
-def steps_per_epoch(examples: int, batch_size: int) -> int:
-    """Full batches in an epoch. Raises ValueError if there is none."""
-    if examples < batch_size:
-        raise ValueError(f"{examples} training images do not fill a batch of {batch_size}.")
-    return examples // batch_size
+def _step(loss_fn, seen, optimizer, normalize, project, augment, *, skip: bool) -> Callable:
+    """(state, extra, key, images, labels, index[b]) -> (state, report) of one step of one run."""
 
+    def step(state, extra, key, images, labels, index):
+        batch = images[index]
+        if augment is not None:
+            batch = augment(jax.random.fold_in(key, state.step), batch)
 
-def _step(loss_fn, seen, optimizer, normalize, project, *, skip: bool) -> Callable:
-    """(state, extra, images, labels, index[b]) -> (state, report) of one step of one run."""
-
-    def step(state, extra, images, labels, index):
         def objective(trainable):
             tree = seen(state._replace(parts=state.parts._replace(trainable=trainable)), extra)
-            return loss_fn(tree, normalize(images[index]), labels[index])
+            return loss_fn(tree, normalize(batch), labels[index])
 
         trainable, fixed, collections = state.parts
         (loss, updates), grads = jax.value_and_grad(objective, has_aux=True)(trainable)
@@ -299,41 +302,18 @@ def _step(loss_fn, seen, optimizer, normalize, project, *, skip: bool) -> Callab
 
 
 def _compile(step: Callable, *, scan: bool) -> Callable:
-    """(state, extra, images, labels, order[s, ...]) -> (state, report[s]), compiled; donates state.
+    """(state, *given, order[s, ...]) -> (state, report[s]), compiled; donates state.
 
     Without `scan`, s must be 1."""
 
-    def advance(state, extra, images, labels, order):
+    def advance(state, *given):
+        *same, order = given
         if not scan:
-            state, report = step(state, extra, images, labels, order[0])
+            state, report = step(state, *same, order[0])
             return state, jax.tree.map(lambda x: x[None], report)
-        return jax.lax.scan(lambda s, index: step(s, extra, images, labels, index), state, order)
+        return jax.lax.scan(lambda s, index: step(s, *same, index), state, order)
 
     return jax.jit(advance, donate_argnums=0)
-
-
-def _epoch_order(examples: int, config: TrainConfig, epoch: int) -> np.ndarray:
-    """The shuffle of one epoch, as (steps, batch), or (steps, runs, batch). It depends on the seeds
-    and the epoch alone."""
-    steps = steps_per_epoch(examples, config.batch_size)
-    orders = []
-    for seed in config.seeds:
-        order = np.random.RandomState([seed, epoch]).permutation(examples).astype(np.int32)
-        orders.append(order[: steps * config.batch_size].reshape(steps, config.batch_size))
-    return np.stack(orders, 1) if config.stacked else orders[0]
-
-
-def _segments(start: int, steps: int, every: int, scan: bool) -> Iterator[tuple[int, int]]:
-    """Cuts the steps from `start` on into what one call runs: one step, or up to a refresh.
-
-    >>> list(_segments(10, 5, 4, True)), list(_segments(10, 5, 0, True))
-    ([(10, 12), (12, 15)], [(10, 15)])
-    """
-    stop = start + steps
-    while start < stop:
-        length = 1 if not scan else every - start % every if every else steps
-        yield start, min(start + length, stop)
-        start += length
 
 
 def _losses(
@@ -355,7 +335,9 @@ def _losses(
     return np.where(counts, totals / np.maximum(counts, 1), np.nan), len(finite) - counts
 
 
-def _describe_run(config: TrainConfig, data: Examples, params: Tree, functions: tuple) -> dict:
+def _describe_run(
+    config: TrainConfig, data: Examples, params: Tree, functions: tuple, augment: Callable | None
+) -> dict:
     """What must agree for a stored run to stand for this one."""
     parts = (data.train_images, data.train_labels, data.validation_images, data.validation_labels)
     return {
@@ -364,6 +346,8 @@ def _describe_run(config: TrainConfig, data: Examples, params: Tree, functions: 
         "initial": describe.fingerprint(params),
         "rounding": describe.rounding(params),
         "functions": describe.describe(functions),
+        # Apart: a run that was stored before this argument was there has none.
+        "augment": describe.describe(augment),
     }
 
 

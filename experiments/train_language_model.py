@@ -19,7 +19,8 @@ import tyro
 
 from experiments import wikitext
 from experiments.language_model import DecoderConfig, forward, initialize
-from experiments.train import TrainConfig, classification_loss, steps_per_epoch, train
+from experiments.steps import steps_per_epoch
+from experiments.train import TrainConfig, classification_loss, train
 from experiments.windows import Windows
 
 

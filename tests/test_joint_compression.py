@@ -1,27 +1,18 @@
 """Do the networks that are compared meet the bytes, and is what was trained what is judged?"""
 
-import dataclasses
-
-import numpy as np
 import pytest
 
 from experiments import joint_compression as joint
 from experiments.models import ArticleCNN, initialize
 from experiments.post_training import Judge
 from tests.daily import daily
-from tests.tiny_run import make_data
+from tests.tiny_run import make_larger_data
 
 
 @pytest.fixture(scope="module")
 def judge(tmp_path_factory):
-    """Of images of 8x8 pixels in three classes."""
-    data = make_data(count=48)
-    images = {
-        f"{part}_images": np.kron(getattr(data, f"{part}_images"), np.ones((1, 2, 2, 1), np.uint8))
-        for part in ("train", "validation", "test")
-    }
     model = ArticleCNN(classes=3)
-    return Judge(model, dataclasses.replace(data, **images), tmp_path_factory.mktemp("judge"))
+    return Judge(model, make_larger_data(), tmp_path_factory.mktemp("judge"))
 
 
 @pytest.fixture(scope="module")

@@ -91,7 +91,7 @@ def test_training_is_compared_with_float_networks_trained_as_long():
         {"network": "n", "method": "twn", "format": "w2", "activations": 32, "seed": 0}
         | {"reason": "undefined"},
     ]
-    table = method_tables.trained({"rows": rows}, "n", 32)
+    table = method_tables.trained({"rows": rows}, "n", activations=32)
     assert table.columns == ("method", "w2", "ternary", "w1")
     assert table.lines == [
         ("float32 before, accuracy 85.00 %", "5.00", "", ""),
@@ -100,3 +100,25 @@ def test_training_is_compared_with_float_networks_trained_as_long():
         ("twn", "a", "", ""),
     ]
     assert table.notes == ["a, undefined"]
+
+
+def test_variants_of_a_method_have_lines_of_their_own():
+    def row(accuracy, format="w2a2", **fields):
+        key = {"network": "n", "method": "lsq", "format": format, "seed": 0, "accuracy": accuracy}
+        return key | {"ends": "8 bits", "distil": False} | fields
+
+    rows = [
+        row(0.90, "float32", method="float", ends="", distil=False),
+        row(0.80),
+        row(0.89, "w1"),
+        row(0.70, ends="low"),
+        row(0.85, distil=True),
+    ]
+    table = method_tables.trained({"rows": rows}, "n")
+    assert table.columns == ("method", "w1", "w2a2")
+    assert table.lines == [
+        ("float32, accuracy 90.00 %", "0.00", ""),
+        ("lsq", "1.00", "10.00"),
+        ("lsq, all layers low", "", "20.00"),
+        ("lsq, distilled", "", "5.00"),
+    ]

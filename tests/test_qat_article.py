@@ -1,7 +1,5 @@
 """Does the experiment train what its table says, in a moment, on small images?"""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,13 +8,14 @@ import pytest
 import quantjax as qj
 from experiments import optimizers, qat_article
 from experiments.models import ArticleCNN, initialize
-from experiments.post_training import Judge
-from experiments.qat_article import FLOAT, WAYS, Cell, Config
+from experiments.post_training import Judge, seen
+from experiments.qat_article import FLOAT, LAYERS, Cell, Config
 from experiments.qat_plots import estimator_figure
 from experiments.rows import NotApplicable
+from experiments.ways import WAYS, parts, prepared
 from quantjax import qat
 from tests.daily import daily
-from tests.tiny_run import make_data
+from tests.tiny_run import make_larger_data
 
 CELLS = [
     Cell("straight-through", "w4", 4),
@@ -29,15 +28,9 @@ CELLS = [
 
 @pytest.fixture(scope="module")
 def judge(tmp_path_factory):
-    """Of images of 8x8 pixels, whose sides are told apart by brightness."""
-    data = make_data(count=48)
-    images = {
-        f"{part}_images": np.kron(getattr(data, f"{part}_images"), np.ones((1, 2, 2, 1), np.uint8))
-        for part in ("train", "validation", "test")
-    }
+    """Of images whose sides are told apart by brightness."""
     model = ArticleCNN(classes=3)
-    data = dataclasses.replace(data, **images)
-    return Judge(model, data, tmp_path_factory.mktemp("judge"))
+    return Judge(model, make_larger_data(), tmp_path_factory.mktemp("judge"))
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +57,7 @@ def test_a_cell_trains_its_bits_and_stores_what_was_judged(judge, params, monkey
         few = WAYS[cell.method].grid(cell.activations)
         assert (acts["conv2"], acts["fc1"]) == (few, few)
         assert (acts["conv1"], acts["fc2"]) == (qj.IntFormat(8), qj.IntFormat(8, signed=False))
-    assert judge.validation(qat_article._seen(tree)) == pytest.approx(
+    assert judge.validation(seen(tree)) == pytest.approx(
         result.history[-1].validation_accuracy, abs=0.11
     )  # a tie may fall the other way in integers
 
@@ -74,8 +67,7 @@ def _images(judge):
 
 
 def test_what_is_learned_moves_by_shares_of_its_size(judge, params):
-    way = WAYS["lsq"]
-    tree = qat_article.prepared(judge, params, way, "w4", 32)
+    tree = prepared(judge.apply, params, parts(LAYERS, WAYS["lsq"], "w4", 32), [])
     adam, learned = optimizers.fine_tuning(0.01, 100)
     steps = {"small": jnp.full(4, 0.002), "large": jnp.float32(0.5)}
     updates, _ = learned.update(jax.tree.map(jnp.ones_like, steps), learned.init(steps), steps)
@@ -100,13 +92,13 @@ def test_cells_that_an_estimator_does_not_define_have_a_reason(judge, params, ce
 def test_the_rate_is_chosen_on_validation_images_and_the_test_is_seen_once(
     judge, params, monkeypatch
 ):
-    seen = []
+    tested = []
     monkeypatch.setattr(
-        Judge, "test", lambda self, tree: (seen.append(tree), ({"accuracy": 0.5}, None))[1]
+        Judge, "test", lambda self, tree: (tested.append(tree), ({"accuracy": 0.5}, None))[1]
     )
     config = Config(judge.scratch, epochs=1, batch_size=16)
     row = qat_article.measured(judge, params, FLOAT, config, 0, (1e-5, 1e-2))
-    assert len(seen) == 1 and row["rate"] in (1e-5, 1e-2)
+    assert len(tested) == 1 and row["rate"] in (1e-5, 1e-2)
     assert row["validation_accuracy"] == max(row["rates"].values())
     assert row["rates"][f"{row['rate']:g}"] == row["validation_accuracy"]
 

@@ -17,6 +17,7 @@ from experiments import checkpoint, describe, train
 from experiments.evaluate import evaluate
 from experiments.metrics import EpochRecord, Judged
 from experiments.models import training_apply
+from experiments.steps import epoch_order
 from experiments.train import TrainConfig, classification_loss
 from tests.daily import daily
 from tests.tiny_run import CONFIG, assert_equal_trees, linear, make_data, zeros
@@ -56,12 +57,11 @@ def test_a_run_learns_and_records_every_epoch():
 
 
 def test_each_epoch_shuffles_by_seed_and_drops_what_does_not_fill_a_batch():
-    orders = [train._epoch_order(43, CONFIG, epoch) for epoch in (0, 1)]
+    orders = [epoch_order(43, 8, 0, epoch) for epoch in (0, 1)]
     assert all(order.shape == (5, 8) and len(np.unique(order)) == 40 for order in orders)
     assert np.any(orders[0] != orders[1])
-    np.testing.assert_array_equal(orders[0], train._epoch_order(43, CONFIG, 0))
-    other = dataclasses.replace(CONFIG, seed=1)
-    assert np.any(orders[0] != train._epoch_order(43, other, 0))
+    np.testing.assert_array_equal(orders[0], epoch_order(43, 8, 0, 0))
+    assert np.any(orders[0] != epoch_order(43, 8, 1, 0))
     with pytest.raises(ValueError, match="7 training images do not fill a batch of 8"):
         train.train(linear, zeros(), make_data(count=7), CONFIG)
 
@@ -77,7 +77,8 @@ def whole():
 
 
 def batch_norm_run(**kwargs):
-    """A run with all kinds of state: moments, batch statistics, and extra refreshed by step."""
+    """A run with all kinds of state: moments, batch statistics, and extra refreshed by step; and
+    with images that are drawn anew at each."""
     model = TinyNet()
     return train.train(
         model.apply,
@@ -89,6 +90,7 @@ def batch_norm_run(**kwargs):
         extra=jnp.zeros(()),
         refresh=lambda p, extra, step: 0.5 * extra + jnp.cos(1.0 * step),
         refresh_every=3,
+        augment=negatives,
         **kwargs,
     )
 
@@ -128,16 +130,25 @@ def test_a_finished_run_is_loaded_not_trained(tmp_path, monkeypatch):
     assert (first.history, first.start) == (second.history, second.start)
 
 
-def test_every_epoch_trains_on_its_own_shuffle():
+def negatives(key, images):
+    """Half of the images, inverted."""
+    return jnp.where(jax.random.bernoulli(key, shape=(len(images), 1, 1, 1)), 255 - images, images)
+
+
+@pytest.mark.parametrize("augment", daily([None, negatives], [negatives]))
+def test_every_epoch_trains_on_its_own_shuffle_and_every_step_on_its_own_images(augment):
     data = make_data()
-    config = TrainConfig(optimizer=optax.sgd(0.1), epochs=2, batch_size=20)
-    found = train.train(linear, zeros(), data, config)
-    x = ((data.train_images / 255 - data.mean) / data.std).reshape(-1, 16)
+    config = TrainConfig(optimizer=optax.sgd(0.1), epochs=2, batch_size=20, seed=3)
+    found = train.train(linear, zeros(), data, config, augment=augment)
     w, b = np.zeros((16, 3)), np.zeros(3)
-    for index in (*train._epoch_order(43, config, 0), *train._epoch_order(43, config, 1)):
-        share = np.exp(x[index] @ w + b)
+    for step, index in enumerate((*epoch_order(43, 20, 3, 0), *epoch_order(43, 20, 3, 1))):
+        images = data.train_images[index]
+        if augment is not None:
+            images = np.asarray(augment(jax.random.fold_in(jax.random.key(3), step), images))
+        x = ((images / 255 - data.mean) / data.std).reshape(-1, 16)
+        share = np.exp(x @ w + b)
         error = np.eye(3)[data.train_labels[index]] - share / share.sum(1, keepdims=True)
-        w, b = w + 0.1 * x[index].T @ error / 20, b + 0.1 * error.mean(0)
+        w, b = w + 0.1 * x.T @ error / 20, b + 0.1 * error.mean(0)
     # float32 against float64: four steps, each a mean over 20 products of size about 2
     np.testing.assert_allclose(found.params["w"], w, atol=4e-6)
     np.testing.assert_allclose(found.params["b"], b, atol=4e-6)
@@ -152,6 +163,7 @@ def test_every_epoch_trains_on_its_own_shuffle():
         ({"data": make_data(seed=1)}, "/data/digest"),
         ({"params": {"w": jnp.ones((16, 3)), "b": jnp.zeros(3)}}, r"/initial/\['w'\]/2: 0.0 != 48"),
         ({"transform": lambda p: p}, "/functions/1: None != "),
+        ({"augment": negatives}, "/augment: None != "),
     ],
 )
 def test_a_run_of_another_kind_is_refused(finished, change, message):

@@ -156,16 +156,19 @@ def stacked(*trees):
 
 @pytest.mark.parametrize("scan", daily([False, True], [True]))
 def test_runs_at_once_are_those_one_by_one(scan, tmp_path):
-    """Of other seeds, other first values, and other bit widths."""
+    """Of other seeds, other first values, and other bit widths, on images of their own."""
     starts = [{"w": normal(16, 3, seed=i) / 4, "b": jnp.zeros(3)} for i in range(3)]
     tops, seeds = [1.0, 7.0, 127.0], (5, 3, 3)
 
     def levels(params, top):
         return params | {"w": fake_quantize_levels(params["w"], 1 / top, -top, top)}
 
+    def dimmed(key, images):
+        return images // jax.random.randint(key, (len(images), 1, 1, 1), 1, 3).astype(jnp.uint8)
+
     def trained(start, seed, top, **where):
         config = dataclasses.replace(CONFIG, seed=seed)
-        given = {"transform": levels, "extra": top, "scan": scan, **where}
+        given = {"transform": levels, "extra": top, "augment": dimmed, "scan": scan, **where}
         return train.train(linear, start, make_data(), config, **given)
 
     heard = []
