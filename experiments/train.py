@@ -14,6 +14,7 @@ On Linux, `GLIBC_TUNABLES=glibc.malloc.hugetlb=1` in the environment makes a ste
 twice as fast."""
 
 import dataclasses
+import functools
 import json
 import time
 from collections.abc import Callable
@@ -32,7 +33,7 @@ from experiments import checkpoint, describe, metrics
 from experiments.evaluate import evaluate
 from experiments.metrics import EpochRecord, Judged
 from experiments.parts import Parts, check_runs, optimizer_of, run_of, split
-from experiments.steps import epoch_order, segments, steps_per_epoch
+from experiments.steps import epoch_order, segments
 from quantjax import qat
 
 Tree = Any  # a pytree of arrays
@@ -137,6 +138,7 @@ def train(
     refresh_every: int = 1,
     project: Callable | None = None,
     augment: Callable | None = None,
+    order: Callable[[int], Int[np.ndarray, "steps batch"]] | None = None,
     on_epoch: Callable[[EpochRecord, Tree], None] | None = None,
     run_dir: str | Path | None = None,
     scan: bool | None = None,
@@ -160,6 +162,8 @@ def train(
     number divides by `refresh_every`, the first included. `project(trained)` is what a step leaves
     of the trained parameters, such as `qat.clip_values`. `augment(key, images) -> images` changes a
     batch before it is normalized; its key is made of the seed and the number of the step alone.
+    `order(epoch)` gives the examples of each step of an epoch in place of a shuffle, as many steps
+    every epoch, and the same for all runs.
 
     The tree is judged on the validation examples before the first step, so that what cannot be
     judged fails at once, and after each epoch. `on_epoch(record, params)` follows, for each run. It
@@ -186,10 +190,12 @@ def train(
         check_runs(params, len(seeds), "params")
         check_runs(extra, len(seeds), "extra")
     optimizer = optimizer_of(params, config.optimizer, config.learned)
-    per_epoch = steps_per_epoch(len(data.train_labels), config.batch_size)
+    shuffle = functools.partial(epoch_order, len(data.train_labels), config.batch_size)
+    order_of = shuffle if order is None else lambda seed, epoch: order(epoch)
+    per_epoch = len(order_of(seeds[0], 0))
     total = max(config.epochs * per_epoch, 1)
     functions = (loss_fn, transform, refresh, refresh_every, project)
-    run = _describe_run(config, data, params, functions, augment)
+    run = _describe_run(config, data, params, functions, {"augment": augment, "order": order})
     begun = jnp.zeros(len(seeds) if config.stacked else (), jnp.int32)
     state = TrainState(parts, over_runs(optimizer.init)(parts.trainable), begun)
 
@@ -236,15 +242,15 @@ def train(
         task = progress.add_task("epoch 1", total=config.epochs * per_epoch)
         for epoch in range(len(history) // len(seeds), config.epochs):
             began = time.perf_counter()
-            orders = [epoch_order(len(labels), config.batch_size, seed, epoch) for seed in seeds]
-            order = np.stack(orders, 1) if config.stacked else orders[0]
+            orders = [order_of(seed, epoch) for seed in seeds]
+            index_of = np.stack(orders, 1) if config.stacked else orders[0]
             first_step, reports = epoch * per_epoch, []
             for first, last in segments(
                 first_step, per_epoch, refresh_every if refresh else 0, scan
             ):
                 if refresh and first % refresh_every == 0:
                     extra = refresh(over_runs(join)(state.parts), extra, first)
-                index = order[first - first_step : last - first_step]
+                index = index_of[first - first_step : last - first_step]
                 state, report = advance(state, extra, keys, images, labels, index)
                 reports.append(report)
                 # One behind: dispatch does not wait.
@@ -336,9 +342,10 @@ def _losses(
 
 
 def _describe_run(
-    config: TrainConfig, data: Examples, params: Tree, functions: tuple, augment: Callable | None
+    config: TrainConfig, data: Examples, params: Tree, functions: tuple, apart: dict[str, Any]
 ) -> dict:
-    """What must agree for a stored run to stand for this one."""
+    """What must agree for a stored run to stand for this one. apart: arguments that are younger
+    than some stored runs, which have none."""
     parts = (data.train_images, data.train_labels, data.validation_images, data.validation_labels)
     return {
         "config": describe.describe(config),
@@ -346,8 +353,7 @@ def _describe_run(
         "initial": describe.fingerprint(params),
         "rounding": describe.rounding(params),
         "functions": describe.describe(functions),
-        # Apart: a run that was stored before this argument was there has none.
-        "augment": describe.describe(augment),
+        **describe.describe(apart),
     }
 
 

@@ -45,3 +45,35 @@ def windows(tokens: Int[np.ndarray, "n"], context: int) -> tuple[Tokens, Tokens]
 def count_words(tokenizer: Any, tokens: Tokens) -> int:
     """Words and ends of line."""
     return len(tokenizer.decode(tokens.ravel()).replace("\n", " <eos> ").split())
+
+
+@dataclasses.dataclass(frozen=True)
+class Streams:
+    """The order of windows for a network that carries its state on (`train`'s `order`): the text is
+    cut into `batch` equal parts, which are read side by side. An epoch is one of so many `pieces`
+    of a pass. What does not fill the parts and pieces is not read.
+
+    Raises ValueError, when called, where a piece holds no step.
+
+    >>> Streams(examples=9, batch=2, pieces=2)(1).tolist()
+    [[2, 6], [3, 7]]
+    """
+
+    examples: int
+    batch: int
+    pieces: int = 1
+
+    @property
+    def steps(self) -> int:
+        """Of an epoch."""
+        return self.examples // self.batch // self.pieces
+
+    def __call__(self, epoch: int) -> Int[np.ndarray, "steps batch"]:
+        """The windows of each step."""
+        if not self.steps:
+            raise ValueError(
+                f"{self.examples} windows give {self.batch} parts of {self.pieces} pieces no step."
+            )
+        first = np.arange(self.batch) * (self.examples // self.batch)
+        here = epoch % self.pieces * self.steps + np.arange(self.steps)
+        return (first + here[:, None]).astype(np.int32)
