@@ -11,9 +11,8 @@ from typing import Any
 import optax
 
 import quantjax as qj
-from experiments.data import Dataset
 from experiments.steps import steps_per_epoch
-from experiments.train import TrainConfig, train
+from experiments.train import Examples, TrainConfig, train
 
 FORMATS = ("w4", "w3", "w2", "ternary", "w1")
 
@@ -33,7 +32,7 @@ def fine_tune(
     apply: Callable[..., Any],
     params: Any,
     policy: qj.Policy | None,
-    data: Dataset,
+    data: Examples,
     config: FineTuneConfig,
     *,
     seed: int,

@@ -93,10 +93,11 @@ def variant(row: Row) -> str:
     return row["method"] + low + (", distilled" if row.get("distil") else "")
 
 
-def trained(payload: Mapping[str, Any], network: str, **where: Any) -> Table:
+def trained(payload: Mapping[str, Any], **where: Any) -> Table:
     """Points lost against the float network that was trained as long, by variant and format, in the
     rows with these values; mean over seeds."""
-    rows = _with(payload["rows"], network=network)
+    of_network = {k: v for k, v in where.items() if k in ("network", "cell")}
+    rows = _with(payload["rows"], **of_network)
     lost = {id(row): points for row, points in points_lost(rows)}
     mine = [row for row in _with(rows, **where) if "float" not in row["method"]]
     mine = [
@@ -175,9 +176,8 @@ def _of(methods: Sequence[str] | None, rows: Iterable[Row]) -> list[Row]:
 
 def format_place(format: str) -> tuple[bool, list[float]]:
     """Where a preset's column stands: whether it has activations, then by falling numbers."""
-    if format == "ternary":
-        return False, [-math.log2(3)]
-    return "a" in format, [-float(digits) for digits in re.findall(r"\d+", format)]
+    name = format.replace("ternary", f"{math.log2(3):.3f}")
+    return "a" in name, [-float(digits) for digits in re.findall(r"[\d.]+", name)]
 
 
 def _with(rows: Iterable[Row], **where: Any) -> list[Row]:

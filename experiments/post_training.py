@@ -7,7 +7,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import flax.linen as nn
 import jax
@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import quantjax as qj
-from experiments.data import Dataset
 from experiments.evaluate import evaluate
+from experiments.train import Examples
 from quantjax.policy import preset_spec
 from quantjax.ptq import rtn
 
@@ -27,12 +27,21 @@ IMAGES = 2048  # training images whose activations choose the scales of "output"
 SWEEP = tuple(float(f) for f in np.geomspace(0.25, 8, 16).round(4))
 
 
+class Tested(Examples, Protocol):
+    """Examples with a test part: `experiments.data.Dataset`, or `experiments.sequences`."""
+
+    @property
+    def test_images(self) -> np.ndarray: ...
+    @property
+    def test_labels(self) -> np.ndarray: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Judge:
     """Evaluates a tree on one dataset: the compiled function and the normalized images."""
 
     model: nn.Module
-    data: Dataset
+    data: Tested
     scratch: Path
 
     @property

@@ -14,6 +14,7 @@ from experiments.report import spread
 
 FORMATS = {"w4": "4", "w3": "3", "w2": "2", "ternary": "ternary", "w1": "1"}
 MARKERS = "osD^v<>pP*Xhd"
+RECURRENT = {"rounded": "rounded", "lsq": "trained on"}
 
 
 def estimator_figure(rows: Iterable[Mapping[str, Any]], network: str, folder: Path) -> Path:
@@ -82,6 +83,47 @@ def _stored(figure: Any, first: Any, network: str, path: Path) -> Path:
     figure.legend(*handles, loc="center left", bbox_to_anchor=(0.91, 0.5), fontsize=8)
     figure.suptitle(f"{network}, against the float network trained as long")
     path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+    plt.close(figure)
+    return path
+
+
+def recurrent_figure(rows: Iterable[Mapping[str, Any]], folder: Path) -> Path:
+    """Points lost over formats, a panel for each data set, a mark for each cell, hollow where its
+    network was only rounded: mean over seeds, and their deviation. Returns the file."""
+    rows = list(rows)
+    networks = list(dict.fromkeys(row["network"] for row in rows))
+    formats = list(dict.fromkeys(row["format"] for row in rows if row["method"] == "rounded"))
+    series = [(c, m) for c in dict.fromkeys(row["cell"] for row in rows) for m in RECURRENT]
+    figure, panels = plt.subplots(
+        1, max(len(networks), 1), figsize=(5.4 * max(len(networks), 1), 4), squeeze=False,
+        sharey=True,
+    )  # fmt: skip
+    for axes, network in zip(panels[0], networks, strict=False):
+        for i, (cell, method) in enumerate(series):
+            mine = [row for row in rows if (row["network"], row["cell"]) == (network, cell)]
+            lost = [(row["format"], points) for row, points in points_lost(mine)
+                    if row["method"] == method]  # fmt: skip
+            cells = {f: spread(v for name, v in lost if name == f) for f, _ in lost}
+            axes.errorbar(
+                [formats.index(f) + 0.5 * ((i + 0.5) / len(series) - 0.5) for f in cells],
+                [cell["mean"] for cell in cells.values()],
+                [cell["sd"] for cell in cells.values()],
+                linestyle="none", marker=MARKERS[i // 2], markersize=6, capsize=2,
+                color=f"C{i // 2}", markerfacecolor="white" if method == "rounded" else None,
+                label=f"{cell.upper()}, {RECURRENT[method]}",
+            )  # fmt: skip
+        axes.axhline(0, color="0.3", linewidth=1)
+        axes.axhline(0.5, color="0.3", linewidth=1, linestyle=":")
+        axes.set_yscale("symlog", linthresh=1, linscale=1)
+        axes.set_xticks(range(len(formats)), formats, fontsize=8)
+        axes.set_title(network.replace("_", " "))
+        axes.grid(alpha=0.25)
+    panels[0][0].set_ylabel("points of accuracy lost (linear to 1)")
+    panels[0][0].legend(fontsize=8)
+    figure.suptitle("against the float network trained as long; dotted: half a point")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "qat_recurrent.png"
     figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
     return path

@@ -109,7 +109,7 @@ class Problem(NamedTuple):
 
     def float_network(self) -> TrainResult:
         """From scratch, or as it was stored."""
-        shape = self.judge.data.image_shape
+        shape = self.judge.data.train_images.shape[1:]
         variables = initialize(self.judge.model, shape, seed=self.seed)
         forward = training_apply(self.judge.model)
         return self._trained(

@@ -75,6 +75,13 @@ METHODS: dict[str, Callable[[Any], method_tables.Table]] = {
     },
     "qat_resnet resnet8": partial(method_tables.trained, network="resnet8"),
     "qat_resnet resnet20": partial(method_tables.trained, network="resnet20"),
+    **{
+        f"qat_recurrent {network}_{cell}": partial(
+            method_tables.trained, network=network, cell=cell
+        )
+        for network in ("spoken_digits", "japanese_vowels")
+        for cell in ("lstm", "gru")
+    },
     "allocate fashion_mnist": partial(method_tables.allocations, network="fashion_mnist"),
     "allocate mnist": partial(method_tables.allocations, network="mnist"),
     "allocate resnet32": partial(method_tables.allocations, network="resnet32"),

@@ -93,11 +93,17 @@ class Part(NamedTuple):
     estimator: qat.Estimator | None
 
 
-def activation(bits: int, *, signed: bool = False, offset: bool = False) -> qj.QuantSpec | None:
-    """One static scale for a layer. Rectified inputs are unsigned."""
+def activation(
+    bits: int,
+    *,
+    signed: bool = False,
+    offset: bool = False,
+    levels: qj.Levels = qj.Levels.NARROW,
+) -> qj.QuantSpec | None:
+    """One static scale for a layer. Rectified inputs are unsigned. levels: of signed ones."""
     if bits == 32:
         return None
-    grid = qj.IntFormat(bits, signed=signed)
+    grid = qj.IntFormat(bits, signed=signed, levels=levels)
     spec = qj.QuantSpec(format=grid, block=Granularity.TENSOR, static=True, observer=qj.mse())
     return dataclasses.replace(spec, symmetric=not offset)
 

@@ -91,7 +91,7 @@ def test_training_is_compared_with_float_networks_trained_as_long():
         {"network": "n", "method": "twn", "format": "w2", "activations": 32, "seed": 0}
         | {"reason": "undefined"},
     ]
-    table = method_tables.trained({"rows": rows}, "n", activations=32)
+    table = method_tables.trained({"rows": rows}, network="n", activations=32)
     assert table.columns == ("method", "w2", "ternary", "w1")
     assert table.lines == [
         ("float32 before, accuracy 85.00 %", "5.00", "", ""),
@@ -114,7 +114,7 @@ def test_variants_of_a_method_have_lines_of_their_own():
         row(0.70, ends="low"),
         row(0.85, distil=True),
     ]
-    table = method_tables.trained({"rows": rows}, "n")
+    table = method_tables.trained({"rows": rows}, network="n")
     assert table.columns == ("method", "w1", "w2a2")
     assert table.lines == [
         ("float32, accuracy 90.00 %", "0.00", ""),
@@ -122,3 +122,24 @@ def test_variants_of_a_method_have_lines_of_their_own():
         ("lsq, all layers low", "", "20.00"),
         ("lsq, distilled", "", "5.00"),
     ]
+
+
+def test_recurrent_networks_are_compared_with_the_float_one_of_their_cell():
+    def row(cell, method, format, accuracy):
+        key = {"network": "n", "cell": cell, "method": method, "format": format}
+        return key | {"seed": 0, "accuracy": accuracy}
+
+    rows = [
+        row("lstm", "float", "float32", 0.9),
+        row("lstm", "lsq", "ternary_a8", 0.7),
+        row("lstm", "lsq", "w2a2", 0.8),
+        row("lstm", "lsq", "w4a8", 0.9),
+        row("lstm", "rounded", "w4a8", 0.8),
+        row("gru", "float", "float32", 0.5),
+        row("gru", "lsq", "w4a8", 0.4),
+    ]
+    table = method_tables.trained({"rows": rows}, network="n", cell="lstm")
+    assert table.columns == ("method", "w4a8", "w2a2", "ternary_a8")
+    head, *lines = table.lines
+    assert head == ("float32, accuracy 90.00 %", "0.00", "", "")
+    assert sorted(lines) == [("lsq", "0.00", "10.00", "20.00"), ("rounded", "10.00", "", "")]
