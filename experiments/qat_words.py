@@ -6,9 +6,8 @@ Time: hours on a GPU, see `seconds` in each row; on CPU days. A pass over the te
 Result: results/qat_words.json, perplexity a word on the test text of WikiText-2, whose 33,278 words
 all have an output, and whose state is carried through the text.
 
-Formats are 2/2, 2/3 and 3/3 bits of weights and activations, for which Xu et al., "Alternating
-Multi-bit Quantization for Recurrent Neural Networks", 2018, arXiv:1802.00150, have 106.1, 102.7 and
-98.7, of a float network at 100.1. The embedding, the kernels of the cell and the output matrix have
+Formats are 2/2, 2/3 and 3/3 bits of weights and activations, as in Xu et al., "Alternating
+Multi-bit Quantization for Recurrent Neural Networks", 2018, arXiv:1802.00150. The embedding, the kernels of the cell and the output matrix have
 the bits of the weights, a step a row or an output; the state has those of the activations where a
 gate and where the output reads it. The row of the embedding that enters the cell has 8 bits there.
 Theirs are binary codes with free coefficients; here the levels are even, and their step is learned
