@@ -61,7 +61,7 @@ def decoder():
 def resnet():
     model = ResNet(blocks=1)
     images = jax.random.normal(jax.random.key(2), (8, 32, 32, 3))
-    return Network(model, model.init(jax.random.key(3), images), [images])
+    return Network(model, jax.jit(model.init)(jax.random.key(3), images), [images])
 
 
 @pytest.mark.parametrize("make", [*WEIGHTS.values(), *PREDICTIONS.values()])
@@ -203,5 +203,5 @@ def test_eight_bits_of_everything_predict_nearly_the_same(name, resnet):
     assert made.apply is not None and 8 < made.bits < 9
     images = resnet.batches[0]
     theirs = jax.jit(made.apply)(made.tree, images)
-    ours = resnet.model.apply(resnet.params, images)
+    ours = jax.jit(resnet.model.apply)(resnet.params, images)
     assert 0 < jnp.linalg.norm(theirs - ours) < 0.05 * jnp.linalg.norm(ours)
