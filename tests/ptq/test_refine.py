@@ -32,6 +32,7 @@ CASES = {
 INT2 = IntFormat(2, levels=Levels.HALF)
 
 # One program for each, where eager calls would be one for each operation.
+find_scales = jax.jit(affine.find_scales, static_argnames="spec")
 fit_scales = jax.jit(fitted, static_argnames="tiling")
 
 
@@ -53,7 +54,7 @@ class Subject:
         b, _, i = self.w.shape
         x = rng.normal(size=(b, 64, i)) + 2 * rng.normal(size=(b, 64, 1))
         self.h = jnp.asarray(np.einsum("bti,btj->bij", x, x) / 64, jnp.float32)
-        self.scales = affine.find_scales(self.leaf, self.spec)
+        self.scales = find_scales(self.leaf, self.spec)
         self.cells = self.form.cells(self.scales, self.spec, shape)
         self.q = rounded(self.w, self.cells, format)
 
