@@ -211,7 +211,9 @@ INSIDE = [
 ]
 
 
-@pytest.mark.parametrize("case", daily(INSIDE, [INSIDE[i] for i in (2, 6, 8, 10)]), ids=[str(r[0]) for r in INSIDE])
+@pytest.mark.parametrize(
+    "case", daily(INSIDE, [INSIDE[i] for i in (2, 6, 8, 10)]), ids=[str(r[0]) for r in INSIDE]
+)
 def test_straight_through_gradient(case):
     fmt, zero, inside, outside = case
     x = jnp.asarray(inside + outside, jnp.float32)

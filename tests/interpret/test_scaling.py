@@ -152,7 +152,9 @@ NETS = {
 
 
 # Daily a power, a softmax, a convolution, a product of two, a quotient and layers.
-@pytest.mark.parametrize("name", daily(NETS, {*NETS} - {"bias and relu", "two consumers, a residual between"}))
+@pytest.mark.parametrize(
+    "name", daily(NETS, {*NETS} - {"bias and relu", "two consumers, a residual between"})
+)
 def test_what_can_be_scaled_is_found(name):
     apply, params, x, want = NETS[name]
     found = find_scaling(apply, params, x)

@@ -75,7 +75,11 @@ def check(got, x, q, numbers):
 
 @pytest.mark.parametrize(
     "layout, form, per_channel",
-    dealt(daily(LAYOUTS, ["plain", "sum over heads", "transposed heads"]), [INT8, INT4, HALF], [True, False]),
+    dealt(
+        daily(LAYOUTS, ["plain", "sum over heads", "transposed heads"]),
+        [INT8, INT4, HALF],
+        [True, False],
+    ),
 )
 def test_it_is_within_its_bound(layout, form, per_channel):
     x, q, numbers = problem(layout, 20, form, per_channel=per_channel)

@@ -94,7 +94,8 @@ DAILY = {
     case
     for case in CASES
     if case[0] in ("int8", "binary", "int4, quantized scales", "nf4")
-    or case[1] in [*LAYOUTS][3:] and case[0] == "int4, zero point"
+    or case[1] in [*LAYOUTS][3:]
+    and case[0] == "int4, zero point"
 }
 CASES += [("int8", "sum over heads", None), ("int4", "transposed heads", None)]
 CASES += [("int8", "a short last group", None), ("int8", "heads", None)]

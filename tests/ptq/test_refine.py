@@ -104,9 +104,7 @@ def test_fitted_scales_solve_the_normal_equations(case):
     np.testing.assert_allclose(got.reshape(-1), near, rtol=5e-3)
 
 
-@pytest.mark.parametrize(
-    "case", daily(["channel", "group", "tile", "conv", "experts"], ["group"])
-)
+@pytest.mark.parametrize("case", daily(["channel", "group", "tile", "conv", "experts"], ["group"]))
 def test_the_error_falls_round_by_round(case):
     """Codes alone, then scales as well: whichever comes first takes most of the error, and would
     hide that the other does nothing."""

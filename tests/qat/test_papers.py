@@ -265,9 +265,9 @@ def test_activations_and_their_gradients(name):
         return estimator.activations(x, learned, act, [1], None)
 
     (value, got), (expected, want) = (
-        jax.jit(lambda x, p, f=f: (f(x, p), jax.grad(lambda *a: jnp.sum(GX * f(*a)), (0, 1))(x, p)))(
-            X, learned
-        )
+        jax.jit(
+            lambda x, p, f=f: (f(x, p), jax.grad(lambda *a: jnp.sum(GX * f(*a)), (0, 1))(x, p))
+        )(X, learned)
         for f in (ours, reference)
     )
     np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-6)

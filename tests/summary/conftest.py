@@ -16,4 +16,4 @@ class CNN(nn.Module):
 
 @pytest.fixture(scope="session")
 def variables():
-    return CNN().init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+    return jax.jit(CNN().init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
