@@ -211,7 +211,9 @@ INSIDE = [
 ]
 
 
-@pytest.mark.parametrize("case", daily(INSIDE, INSIDE[::2]), ids=[str(r[0]) for r in INSIDE])
+@pytest.mark.parametrize(
+    "case", daily(INSIDE, [INSIDE[i] for i in (2, 6, 8, 10)]), ids=[str(r[0]) for r in INSIDE]
+)
 def test_straight_through_gradient(case):
     fmt, zero, inside, outside = case
     x = jnp.asarray(inside + outside, jnp.float32)
@@ -230,7 +232,7 @@ def test_straight_through_gradient(case):
     jitted = jax.jit(jax.grad(loss, (0, 1)))(x, scales.scale)
     np.testing.assert_array_equal(jitted[0], to_x)
     half = x.astype(jnp.bfloat16)
-    assert jax.grad(lambda x: loss(x, scales.scale).sum())(half).dtype == jnp.bfloat16
+    assert jax.eval_shape(jax.grad(loss), half, scales.scale).dtype == jnp.bfloat16
 
 
 def test_learned_codebooks_clip_nothing_they_were_learned_from_and_get_no_gradient():

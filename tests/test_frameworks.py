@@ -102,7 +102,7 @@ def test_linen_scanned_layers_are_kept_apart_by_stacked():
             return nn.Dense(8)(x), None
 
     layers = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)()
-    variables = layers.init(jax.random.key(0), jnp.ones((2, 8)), None)
+    variables = jax.jit(layers.init)(jax.random.key(0), jnp.ones((2, 8)), None)
     resolution = qj.preset("w8").resolve(variables)["Dense_0/kernel"]
     assert "axes assumed" in resolution.reason  # a rank-3 kernel might be anything
     spec = qj.QuantSpec(format=qj.IntFormat(8), stacked=1)

@@ -48,6 +48,7 @@ def test_a_row_is_trained_with_a_teacher_and_judged_as_it_is_stored(judge, param
     assert row["widths"][0] < 32 and 0 <= row["accuracy"] <= 1
 
 
-def test_a_budget_that_nothing_meets_is_refused(judge, params):
+def test_a_budget_that_nothing_meets_is_refused(judge, params, monkeypatch):
+    monkeypatch.setattr(joint, "STEPS", 2)  # each that is tried is a network of new shapes
     with pytest.raises(ValueError, match="no narrower network fits 10 bytes at 8 bits"):
         joint.narrowed(judge, params, 8, 10)

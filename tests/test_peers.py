@@ -31,6 +31,7 @@ from experiments.rows import NotApplicable
 from quantjax.fake_quantized import is_quantized
 from quantjax.paths import named_leaves
 from tests.daily import daily
+from tests.interpret.models import filled, normal
 
 TINY = DecoderConfig(vocabulary=64, layers=1, width=32, heads=4, key_value_heads=2, hidden=64)
 WEIGHTS: dict[str, Callable[..., Made]] = {
@@ -50,18 +51,24 @@ def installed(name):
     return importlib.util.find_spec(PACKAGES.get(name, "torchao")) is not None
 
 
+def if_installed(name, *values):
+    """A case whose fixtures are not made either where the package is missing."""
+    missing = pytest.mark.skipif(not installed(name), reason="not installed")
+    return pytest.param(name, *values, marks=missing)
+
+
 @pytest.fixture(scope="module")
 def decoder():
     params = initialize(TINY, seed=0)
-    tokens = jax.random.randint(jax.random.key(1), (2, 12), 0, TINY.vocabulary)
+    tokens = jnp.asarray(np.random.default_rng(1).integers(TINY.vocabulary, size=(2, 12)))
     return Network(module(TINY, params), params, [tokens])
 
 
 @pytest.fixture(scope="module")
 def resnet():
     model = ResNet(blocks=1)
-    images = jax.random.normal(jax.random.key(2), (8, 32, 32, 3))
-    return Network(model, model.init(jax.random.key(3), images), [images])
+    images = normal(8, 32, 32, 3)
+    return Network(model, filled(jax.eval_shape(model.init, jax.random.key(3), images)), [images])
 
 
 @pytest.mark.parametrize("make", [*WEIGHTS.values(), *PREDICTIONS.values()])
@@ -164,10 +171,8 @@ def within_half_a_step(before, after, spec):
 
 
 @pytest.mark.parametrize("format", ["w8", "w4g16"])
-@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize("name", [*map(if_installed, WEIGHTS)])
 def test_what_is_read_back_lies_within_half_a_step(name, format, decoder):
-    if not installed(name):
-        pytest.skip("not installed")
     policy = qj.Policy([(ptq_language_model.PROJECTIONS, format)])
     made = WEIGHTS[name](policy, decoder)
     before, after = (dict(named_leaves(tree)[0]) for tree in (decoder.params, made.tree))
@@ -181,11 +186,10 @@ def test_what_is_read_back_lies_within_half_a_step(name, format, decoder):
 
 # A scale for every 16 weights, at w8 for each column of 32 or 64; HQQ has a zero point as well.
 @pytest.mark.parametrize(
-    "name, kept", [("qwix", 32), ("hqq", 64), ("torchao", 32), ("torchao, hqq", 32)]
+    "name, kept",
+    [*map(if_installed, ["qwix", "hqq", "torchao", "torchao, hqq"], [32, 64, 32, 32])],
 )
 def test_bits_count_scales_and_zero_points(name, kept, decoder, resnet):
-    if not installed(name):
-        pytest.skip("not installed")
     policy = qj.Policy([(ptq_language_model.PROJECTIONS, "w4g16")])
     assert WEIGHTS[name](policy, decoder).bits == pytest.approx(4 + kept / 16)
     made = WEIGHTS[name](qj.Policy([("conv1/kernel", "w8")]), resnet)
@@ -195,13 +199,11 @@ def test_bits_count_scales_and_zero_points(name, kept, decoder, resnet):
     assert 0 < np.abs(after - before).max() < np.abs(before).max() / 127  # a step
 
 
-@pytest.mark.parametrize("name", PREDICTIONS)
+@pytest.mark.parametrize("name", [*map(if_installed, PREDICTIONS)])
 def test_eight_bits_of_everything_predict_nearly_the_same(name, resnet):
-    if not installed(name):
-        pytest.skip("not installed")
     made = PREDICTIONS[name](ptq_resnet.policy("w8a8", "low"), resnet)
     assert made.apply is not None and 8 < made.bits < 9
     images = resnet.batches[0]
     theirs = jax.jit(made.apply)(made.tree, images)
-    ours = resnet.model.apply(resnet.params, images)
+    ours = jax.jit(resnet.model.apply)(resnet.params, images)
     assert 0 < jnp.linalg.norm(theirs - ours) < 0.05 * jnp.linalg.norm(ours)

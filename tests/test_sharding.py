@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 import quantjax as qj
 from quantjax.formats import Codebook, IntFormat, binary, e4m3, ternary
 from quantjax.spec import Granularity, QuantSpec
-from tests.daily import dealt
+from tests.daily import daily, dealt
 
 SHAPE = (64, 32)
 NAME = "mlp/kernel"
@@ -37,6 +37,9 @@ CASES = {
     ),
 }
 
+
+# Daily bytes of 3 bits, two axes of the mesh on one, a table, quantized scales, zero points.
+CORE = ("w3 row", "ternary column", "nf4 row", "mxfp4 both", "asymmetric")
 
 KINDS = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
 
@@ -89,7 +92,7 @@ def assert_lies_as(leaf: jax.Array, source: jax.Array):
         assert part * (total // local) == n
 
 
-@of_kinds("case", CASES)
+@of_kinds("case", daily(CASES, CORE))
 def test_shards_give_the_numbers_of_the_whole_where_they_lie(case, kind):
     spec, mesh, cut = CASES[case]
     policy, x = policy_of(spec), sample()

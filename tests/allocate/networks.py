@@ -1,5 +1,7 @@
 """Small networks and their quantized changes, for the tests of sensitivity."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,14 +9,15 @@ import numpy as np
 SIZES = (12, 16, 16, 6)
 
 
+def normal(rng, *shape):
+    return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+
 def mlp(seed=0, sizes=SIZES):
-    keys = jax.random.split(jax.random.key(seed), len(sizes) - 1)
+    rng = np.random.default_rng(seed)
     return {
-        f"dense{i}": {
-            "kernel": jax.random.normal(k, (n, m)) * np.sqrt(2 / n),
-            "bias": 0.1 * jax.random.normal(k, (m,)),
-        }
-        for i, (k, n, m) in enumerate(zip(keys, sizes[:-1], sizes[1:], strict=True))
+        f"dense{i}": {"kernel": normal(rng, n, m) * np.sqrt(2 / n), "bias": 0.1 * normal(rng, m)}
+        for i, (n, m) in enumerate(itertools.pairwise(sizes))
     }
 
 
@@ -27,7 +30,8 @@ def apply(params, x):
 
 
 def inputs(seed=0, batches=4, examples=16, size=SIZES[0]):
-    return list(jax.random.normal(jax.random.key(100 + seed), (batches, examples, size)))
+    rng = np.random.default_rng(100 + seed)
+    return [normal(rng, examples, size) for _ in range(batches)]
 
 
 def softmax(z):
@@ -48,8 +52,8 @@ def scanned(params, x):
 
 
 def scan_params(seed=0, layers=3):
-    keys = jax.random.split(jax.random.key(seed), layers + 2)
-    draw = [jax.random.normal(k, (16, 16)) / 3 for k in keys]
+    rng = np.random.default_rng(seed)
+    draw = [normal(rng, 16, 16) / 3 for _ in range(layers + 2)]
     return {
         "first": {"kernel": draw[0][:12]},
         "layers": {"kernel": jnp.stack(draw[1:-1])},

@@ -79,7 +79,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("seed", daily(range(5), [0]))
-@pytest.mark.parametrize("fault", daily(FAULTS, [outliers, None]))
+@pytest.mark.parametrize("fault", daily(FAULTS, [outliers]))
 def test_a_bad_layer_is_first_and_its_fault_is_named(fault, seed):
     rng = np.random.default_rng(50 + seed)
     params, bad = residual(seed), f"block{seed % BLOCKS}"
@@ -168,13 +168,13 @@ class Checker(HTMLParser):
 
 @pytest.mark.parametrize("mode", daily(Mode, [Mode.FISHER]))
 def test_text_json_and_page(mode):
-    params = mlp()
+    params = mlp(sizes=(16,) * 4)  # kernels of one shape, so that little is compiled
     params["<odd> & name"] = params.pop("dense1")
 
     def odd(p, x):
         return apply({"dense0": p["dense0"], "dense1": p["<odd> & name"], "dense2": p["dense2"]}, x)
 
-    report = qj.sensitivity(odd, params, inputs(), ["w2", "w8", None], mode=mode)
+    report = qj.sensitivity(odd, params, inputs(size=16), ["w2", "w8", None], mode=mode)
     data = json.loads(report.to_json())
     assert data["mode"] == mode.value and len(data["rows"]) == 3
     for row, stored in zip(report.rows, data["rows"], strict=True):

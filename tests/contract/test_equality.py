@@ -61,11 +61,14 @@ GRANULARITIES: dict[str, dict[str, Any]] = {
 }
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
-# Daily is every other format with one granularity and one dtype. The rest of the product is `full`,
-# as is all but a core of formats in the further questions, of which each is asked a quarter.
+# Daily is each kind of grid and of scale with one granularity and one dtype. The rest of the
+# product is `full`, as is all but a core of formats in the further questions, of which each is
+# asked a quarter.
+KINDS = ("int8 asymmetric", "int4 half", "int4 percentile", "e5m2", "nf4", "kmeans3", "mxint8")
 CORE = ("int8", "int4 half", "int4 asymmetric", "e4m3", "kmeans3", "nf4", "nvfp4", "mxfp4")
 each_cell = pytest.mark.parametrize(
-    "fmt, granularity, dtype", dealt(daily(FORMATS, [*FORMATS][::2]), GRANULARITIES, DTYPES)
+    "fmt, granularity, dtype",
+    dealt(daily(FORMATS, (*KINDS, "double")), GRANULARITIES, DTYPES),
 )
 each_format, each_other = (
     pytest.mark.parametrize("fmt", daily(FORMATS, CORE[i::4])) for i in (0, 1)

@@ -130,7 +130,7 @@ PRODUCTS = {
 }
 
 
-@pytest.mark.parametrize("name", daily(PRODUCTS, list(PRODUCTS)[::2]))
+@pytest.mark.parametrize("name", daily(PRODUCTS, ["rows", "grouped", "experts"]))
 def test_a_product_is_that_of_the_scaled_input_and_a_thin_one(name):
     """With rounded activations, dynamic and (two of them) static: the same bits as the product of
     x * t with the codes, and the term of low rank beside it. Weights alone: dequantized."""
@@ -221,7 +221,7 @@ def from_sites(case: Case, policy: str):
 MODELS = ("linen decoder", "plain stacked layers", "plain experts", "plain control flow")
 
 
-@pytest.mark.parametrize("name", daily([*MODELS, "linen CNN"], ["linen decoder", "plain experts"]))
+@pytest.mark.parametrize("name", daily([*MODELS, "linen CNN"], ["linen decoder"]))
 def test_models_run_on_them(name):
     """Scans over layers, experts, tied embeddings, loops."""
     case = CASES[name]()

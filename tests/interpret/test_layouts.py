@@ -49,7 +49,10 @@ SPECS = {
 }
 
 
-@pytest.mark.parametrize("name, preset", dealt(SPECS, ["w8", "w4", "w8a8"]))
+@pytest.mark.parametrize(
+    "name, preset",
+    dealt(daily(SPECS, ["inputs", "both"]), daily(["w8", "w4", "w8a8"], ["w4", "w8a8"])),
+)
 def test_a_mesh_gives_what_one_device_gives(name, preset):
     """Kernels cut along outputs, inputs or both, the batch cut too. Where activations are rounded,
     sums of another order may round one code the other way, which shifts a result by a step."""

@@ -55,7 +55,7 @@ SPECS = {
 }
 
 
-CORE = ("packed", "groups of all axes", "asymmetric", "learned", "double")
+CORE = ("groups of all axes", "learned", "double")
 
 
 @pytest.mark.parametrize("name", daily(SPECS, CORE))

@@ -29,7 +29,9 @@ def scales(groups, seed=0):
 
 
 def same_function(apply, params, x, groups):
-    new = scaled(params, scales(groups))
+    """In two programs, where eager calls would be one for each operation."""
+    drawn, apply = scales(groups), jax.jit(apply)
+    new = jax.jit(lambda params: scaled(params, drawn))(params)
     for a, b in zip(jax.tree.leaves(apply(params, x)), jax.tree.leaves(apply(new, x)), strict=True):
         # Float32 sums of terms in other proportions, over some layers: a few dozen roundings.
         np.testing.assert_allclose(b, a, rtol=0, atol=3e-6 * float(jnp.abs(a).max()))
@@ -41,13 +43,13 @@ GROUPS = {  # of the models of every framework, what is found; none where it is 
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", daily(CASES, ["linen CNN", "nnx transformer", "haiku CNN"]))
+@pytest.mark.parametrize("name", daily(CASES, ["nnx transformer", "haiku CNN"]))
 def test_scaled_models_of_every_framework_are_the_same_functions(name):
     case = CASES[name]()
     found = find_scaling(case.apply, case.params, case.x)
     assert len(found.groups) == GROUPS.get(name, 0)
     if found.groups:
-        same_function(jax.jit(case.apply), case.params, case.x, found.groups)
+        same_function(case.apply, case.params, case.x, found.groups)
 
 
 def layer(n, m, seed=0):
@@ -149,7 +151,10 @@ NETS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", NETS)
+# Daily a power, a softmax, a convolution, a product of two, a quotient and layers.
+@pytest.mark.parametrize(
+    "name", daily(NETS, {*NETS} - {"bias and relu", "two consumers, a residual between"})
+)
 def test_what_can_be_scaled_is_found(name):
     apply, params, x, want = NETS[name]
     found = find_scaling(apply, params, x)
@@ -218,7 +223,8 @@ def test_shapes_are_enough_and_dtypes_stay():
     (group,) = find_scaling(apply, *abstract).groups
     low = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
     assert len(find_scaling(apply, low, x.astype(jnp.bfloat16)).groups) == 1
-    assert {a.dtype.name for a in jax.tree.leaves(group.scaled(low, jnp.ones(4)))} == {"bfloat16"}
+    new = jax.eval_shape(group.scaled, low, jnp.ones(4))
+    assert {a.dtype.name for a in jax.tree.leaves(new)} == {"bfloat16"}
 
 
 @pytest.mark.parametrize("seed", range(5))

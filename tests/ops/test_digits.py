@@ -13,7 +13,7 @@ import quantjax as qj
 from quantjax.formats import Levels, nf4
 from quantjax.ops import Probe, digits, fits_weight_only, weight_only, weight_only_dot
 from quantjax.ops.digits import digits_dot, no_digits
-from tests.daily import dealt
+from tests.daily import daily, dealt
 
 from .reference import dot_general
 
@@ -74,7 +74,12 @@ def check(got, x, q, numbers):
 
 
 @pytest.mark.parametrize(
-    "layout, form, per_channel", dealt(LAYOUTS, [INT8, INT4, HALF], [True, False])
+    "layout, form, per_channel",
+    dealt(
+        daily(LAYOUTS, ["plain", "sum over heads", "transposed heads"]),
+        [INT8, INT4, HALF],
+        [True, False],
+    ),
 )
 def test_it_is_within_its_bound(layout, form, per_channel):
     x, q, numbers = problem(layout, 20, form, per_channel=per_channel)

@@ -68,7 +68,11 @@ def close(got, x, q, act, summed, numbers, given=None) -> None:
     assert np.all(np.abs(got - expected) <= 8 * 2.0**-24 * size)
 
 
-@pytest.mark.parametrize("weight, act", dealt(WEIGHTS, ACTS))
+# Daily packed codes of either sign, half levels, zero points, and scales of other blocks.
+CORE = ("w3", "w1", "asymmetric", "unsigned, 3 bits", "one scale", "blocks of outputs")
+
+
+@pytest.mark.parametrize("weight, act", dealt(daily(WEIGHTS, CORE), ACTS))
 def test_formats(weight, act):
     act = ACTS[act]
     x, q = normal(3, 32), quantized(WEIGHTS[weight], 32, 10)
@@ -183,7 +187,12 @@ APPLIES = {
 }
 
 
-@pytest.mark.parametrize("name, preset", dealt(APPLIES, ["w8a8", "w4a8", "w4g16a8", "w8a4"]))
+DAILY = ("weight first", "heads, swapped", "two sums", "merged")
+
+
+@pytest.mark.parametrize(
+    "name, preset", dealt(daily(APPLIES, DAILY), ["w8a8", "w4a8", "w4g16a8", "w8a4"])
+)
 def test_interception_means_the_same_however_the_model_writes_it(name, preset):
     apply, shape = APPLIES[name]
     q = qj.quantize({"kernel": normal(*shape, seed=1)}, preset)

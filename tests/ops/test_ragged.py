@@ -10,7 +10,7 @@ import quantjax as qj
 from quantjax.affine import Scales
 from quantjax.interpret import intercept
 from quantjax.ops import fake_activation, quantized_ragged_dot
-from tests.daily import dealt
+from tests.daily import daily, dealt
 
 INT8, UINT8 = qj.IntFormat(8), qj.IntFormat(8, signed=False)
 ACTS = {
@@ -39,7 +39,10 @@ def experts(weight: str, act: str) -> qj.QTensor:
     return qj.quantize({"w": normal(3, 16, 5, seed=1)}, policy)["w"]
 
 
-@pytest.mark.parametrize("weight, act", dealt(WEIGHTS, ACTS))
+@pytest.mark.parametrize(
+    "weight, act",
+    dealt(daily(WEIGHTS, ["half levels", "asymmetric"]), daily(ACTS, ["tensor", "unsigned"])),
+)
 def test_every_token_meets_its_expert(weight, act):
     """float32 rounds two scales, their product and the result: 4 of 2^-24; the reference rounds
     the values in its sum, 2 more on each term."""

@@ -127,7 +127,7 @@ ZERO = {
 }
 
 
-@pytest.mark.parametrize("name", daily(ZERO, ["asymmetric", "nf4"]))
+@pytest.mark.parametrize("name", daily(ZERO, ["asymmetric"]))
 def test_zeros_stay_zeros_through_codes_training_leaves_and_files(name, tmp_path):
     """2:4 in every format with a zero: quantizing keeps it, `apply` then changes no bit; on codes
     of the whole weights it sets the code of zero and leaves the others; the file holds it all."""
@@ -177,7 +177,7 @@ def test_no_gradient_reaches_a_pruned_weight():
 def test_boxes_and_collections_are_kept():
     x = normal(3, 4)
     model = nn.Sequential([nn.Dense(4), nn.BatchNorm(True)])
-    variables = model.init(jax.random.key(0), x)
+    variables = jax.jit(model.init)(jax.random.key(0), x)
     masks = prune.n_m(variables, "layers_0/kernel")
     assert jax.tree.leaves(masks)[0].shape == (4, 4) and len(jax.tree.leaves(masks)) == 1
     assert jax.tree.structure(prune.apply(variables, masks)) == jax.tree.structure(variables)

@@ -100,7 +100,7 @@ def test_is_close_to_the_best_of_all_roundings(name: str) -> None:
     assert found <= 1.1 * best
 
 
-@each_format
+@pytest.mark.parametrize("name", daily(SPECS, ["int2 half", "kmeans3"]))
 def test_the_result_is_on_the_grid_and_its_codes_are_recovered(name: str) -> None:
     spec = made(name)
     w, h = problem(0)
@@ -162,7 +162,7 @@ def test_descent_never_raises_the_error(seed: int) -> None:
     assert exact_error(again, w, h).sum() > 0.8 * exact_error(end, w, h).sum()
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", daily(SEEDS, SEEDS[:3]))
 def test_makes_good_for_what_the_layers_before_lost(seed: int) -> None:
     """With E[f x'] the outputs are nearer to those of the float model than without."""
     rng = np.random.default_rng(seed)

@@ -132,10 +132,7 @@ MODELS = {
 }
 
 
-FULL_ONLY = ("resnet", "nnx", "haiku", "by hand, turned")
-
-
-@pytest.fixture(scope="module", params=daily(MODELS, set(MODELS) - set(FULL_ONLY)))
+@pytest.fixture(scope="module", params=daily(MODELS, ["linen", "equinox"]))
 def folded(request):
     make, count = MODELS[request.param]
     apply, params, x = make()

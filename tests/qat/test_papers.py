@@ -17,6 +17,14 @@ from quantjax import formats, qat
 from quantjax.fake_quantized import fake_array
 from tests.qat.estimators import normal, spec_of, static
 
+fake = jax.jit(fake_array)  # one program, where eager calls would be one for each operation
+
+
+@jax.jit
+def gradient(leaf, g):
+    return jax.grad(lambda x: jnp.sum(g * fake_array(x)))(leaf)
+
+
 W = jnp.array([[0.9, -0.2], [-1.4, 0.05], [0.3, 1.7], [-0.1, -0.6], [0.02, 0.4]])
 G = normal(5, 2, seed=9)
 
@@ -80,7 +88,7 @@ def ir_net(w, learned):
 
 def twn(w, learned):
     kept = jnp.abs(w) > 0.7 * jnp.abs(w).mean()
-    alpha = jnp.abs(w[kept]).mean()
+    alpha = jnp.abs(w * kept).sum() / kept.sum()
     return straight(w, alpha * jnp.sign(w) * kept)
 
 
@@ -141,18 +149,23 @@ def test_weights_and_their_gradients(name, progress):
         leaf = qat.at(leaf, progress)
     if name == "apot":  # of 5 weights none lies 3 deviations away
         leaf = dataclasses.replace(leaf, learned={"alpha": leaf.learned["alpha"] * 0.4})
-    got = jax.grad(lambda x: jnp.sum(G * fake_array(x)))(leaf)
+    values, got = fake(leaf), gradient(leaf, G)
+
+    @jax.jit
+    def expected(w, learned, g):
+        def loss(w, learned):
+            y = reference(w, learned)
+            return jnp.sum(g * y), y
+
+        (_, y), gradients = jax.value_and_grad(loss, (0, 1), has_aux=True)(w, learned)
+        return y, *gradients
+
     for column in range(W.shape[1]):
         learned = {k: a[:, column] for k, a in leaf.learned.items()}
         if progress is not None:
             learned["progress"] = jnp.float32(progress)
-        w = W[:, column]
-        np.testing.assert_allclose(
-            fake_array(leaf)[:, column], reference(w, learned), rtol=1e-5, atol=1e-6
-        )
-        by_w, by_learned = jax.grad(
-            lambda w, learned, g=G[:, column]: jnp.sum(g * reference(w, learned)), (0, 1)
-        )(w, learned)
+        y, by_w, by_learned = expected(W[:, column], learned, G[:, column])
+        np.testing.assert_allclose(values[:, column], y, rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(got.value[:, column], by_w, rtol=1e-4, atol=1e-5)
         for key in leaf.learned:
             np.testing.assert_allclose(
@@ -167,8 +180,8 @@ def test_trained_ternary():
     up, down = w > bound, w < -bound
     positive, negative = w[up].mean(), -w[down].mean()
     want = np.where(up, positive, np.where(down, -negative, 0))
-    np.testing.assert_allclose(fake_array(leaf), want, rtol=1e-6)
-    got = jax.grad(lambda x: jnp.sum(G * fake_array(x)))(leaf)
+    np.testing.assert_allclose(fake(leaf), want, rtol=1e-6)
+    got = gradient(leaf, G)
     np.testing.assert_allclose(got.learned["positive"], g[up].sum(), rtol=1e-5)
     np.testing.assert_allclose(got.learned["negative"], -g[down].sum(), rtol=1e-5)
     slope = np.where(up, positive, np.where(down, negative, 1))
@@ -251,11 +264,13 @@ def test_activations_and_their_gradients(name):
     def ours(x, learned):
         return estimator.activations(x, learned, act, [1], None)
 
-    np.testing.assert_allclose(ours(X, learned), reference(X, learned), rtol=1e-5, atol=1e-6)
-    got, want = (
-        jax.grad(lambda x, p, f=f: jnp.sum(GX * f(x, p)), (0, 1))(X, learned)
+    (value, got), (expected, want) = (
+        jax.jit(
+            lambda x, p, f=f: (f(x, p), jax.grad(lambda *a: jnp.sum(GX * f(*a)), (0, 1))(x, p))
+        )(X, learned)
         for f in (ours, reference)
     )
+    np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, want)
 
 
@@ -274,14 +289,11 @@ BELOW = {"lsq": "w3", "paretoq": "w2", "ttq": "trained ternary", "apot": "apot 4
 def test_what_is_below_zero_is_kept_above_and_grows_again(name):
     leaf = leaf_of(getattr(qat, name)(), BELOW[name])
     leaf = dataclasses.replace(leaf, learned={k: -a for k, a in leaf.learned.items()})
-    assert np.isfinite(fake_array(leaf)).all()
-    np.testing.assert_array_equal(
-        qj.dequantize(qat.finalize({"kernel": leaf}))["kernel"], fake_array(leaf)
-    )
-    toward = jnp.sign(W) if name != "apot" else jnp.sign(W - W.mean(0))
-    down, up = (
-        jax.grad(lambda x, s=s: jnp.sum(s * fake_array(x) * toward))(leaf).learned for s in (1, -1)
-    )
+    values = fake(leaf)
+    assert np.isfinite(values).all()
+    np.testing.assert_array_equal(qj.dequantize(qat.finalize({"kernel": leaf}))["kernel"], values)
+    toward = np.sign(W) if name != "apot" else np.sign(W - np.mean(W, 0))
+    down, up = (gradient(leaf, s * toward).learned for s in (1, -1))
     only_grows({k: (down[k], up[k]) for k in down})
 
 
@@ -293,9 +305,11 @@ def test_what_is_below_zero_of_an_activation_too(name):
     below = {k: jnp.float32(v) * (-1 if k in keys else 1) for k, v in learned.items()}
     act = SPECS.get(name, static(3))
 
+    @jax.jit
     def total(p, sign):
-        return sign * jnp.sum(estimator.activations(X, p, act, [1], None))
+        y = estimator.activations(X, p, act, [1], None)
+        return sign * jnp.sum(y), y
 
-    down, up = (jax.grad(total)(below, sign) for sign in (1.0, -1.0))
-    assert np.isfinite(estimator.activations(X, below, act, [1], None)).all()
+    (down, y), (up, _) = (jax.grad(total, has_aux=True)(below, sign) for sign in (1.0, -1.0))
+    assert np.isfinite(y).all()
     only_grows({k: (down[k], up[k]) for k in keys})

@@ -258,40 +258,45 @@ def test_which_are_nonnegative_is_an_argument():
     assert str(named_nu.inner[0].mu["nu"].q.format) == "dynamic8"  # the parameter's name, not ours
 
 
+@functools.cache
+def regression():
+    """Noisy outputs of a network: parameters to start at, 120 batches drawn five times, a test."""
+    rng = np.random.default_rng(0)
+
+    def draw(*shape, by=1.0):
+        return (by * rng.normal(size=shape)).astype(np.float32)
+
+    def data(*shape):
+        x = draw(*shape, 16)
+        return x, np.tanh(x @ teacher) + draw(*shape, 32, by=0.3)
+
+    teacher = draw(16, 32, by=1 / 4)
+    start = {"in": draw(16, 64, by=1 / 4), "bias": np.zeros(64, np.float32),
+             "out": draw(64, 32, by=1 / 8)}  # fmt: skip
+    return start, data(5, 120, 32), data(512)
+
+
 @functools.partial(jax.jit, static_argnames=("bits", "stochastic"))
-def final_losses(*, bits, stochastic=False):
-    """Of a small network after 120 batches at a falling rate; five orders of data at once."""
+def final_losses(start, batches, test, *, bits, stochastic=False):
+    """Of a small network after 120 batches at a falling rate; five drawings of data at once."""
     optimizer = optax.adam(optax.cosine_decay_schedule(1e-2, 120))
     if bits:
         noisy = {"key": jax.random.key(1)} if stochastic else {}
         optimizer = quantize_state(optimizer, bits=bits, min_size=256, **noisy)
 
-    def one(seed):
-        k1, k2, k3 = jax.random.split(jax.random.key(0), 3)
-        teacher = jax.random.normal(k1, (16, 32)) / 4
-        params = {
-            "in": jax.random.normal(k2, (16, 64)) / 4, "bias": jnp.zeros(64),
-            "out": jax.random.normal(k3, (64, 32)) / 8,
-        }  # fmt: skip
+    def loss(p, x, y):
+        return jnp.mean((jnp.tanh(x @ p["in"] + p["bias"]) @ p["out"] - y) ** 2)
 
-        def batch(k, n):
-            kx, ky = jax.random.split(k)
-            x = jax.random.normal(kx, (n, 16))
-            return x, jnp.tanh(x @ teacher) + 0.3 * jax.random.normal(ky, (n, 32))
+    def step(carry, batch):
+        p, state = carry
+        updates, state = optimizer.update(jax.grad(loss)(p, *batch), state, p)
+        return (optax.apply_updates(p, updates), state), None
 
-        def loss(p, x, y):
-            return jnp.mean((jnp.tanh(x @ p["in"] + p["bias"]) @ p["out"] - y) ** 2)
+    def one(batches):
+        (params, _), _ = jax.lax.scan(step, (start, optimizer.init(start)), batches)
+        return loss(params, *test)
 
-        def step(carry, k):
-            p, state = carry
-            updates, state = optimizer.update(jax.grad(loss)(p, *batch(k, 32)), state, p)
-            return (optax.apply_updates(p, updates), state), None
-
-        start = (params, optimizer.init(params))
-        (params, _), _ = jax.lax.scan(step, start, jax.random.split(jax.random.key(seed), 120))
-        return loss(params, *batch(jax.random.key(99), 512))
-
-    return jax.vmap(one)(jnp.arange(5))
+    return jax.vmap(one)(batches)
 
 
 @pytest.mark.parametrize(
@@ -300,11 +305,11 @@ def final_losses(*, bits, stochastic=False):
 )
 def test_it_trains_as_the_float_optimizer_does(case):
     bits, stochastic = case
-    floats = np.asarray(final_losses(bits=None))
-    got = np.asarray(final_losses(bits=bits, stochastic=stochastic))
+    floats = np.asarray(final_losses(*regression(), bits=None))
+    got = np.asarray(final_losses(*regression(), bits=bits, stochastic=stochastic))
     assert floats.max() < 0.14  # 0.09 is the noise of the targets; at the start it is above 0.4
-    # The order of the batches is the only noise, and moves the loss by 0.2 % alone; 4 bits cost
-    # 0.3 % to nearest and more with a noise of their own.
+    # The batches are the only noise, and move the loss by 0.4 % alone; 4 bits cost 0.5 % to nearest
+    # and 1.8 % with a noise of their own.
     allowed = floats.std(ddof=1) if bits == 8 else 0.02 * floats.mean()
     assert got.mean() - floats.mean() <= allowed
 

@@ -72,7 +72,7 @@ class Net(nn.Module):
 
 def test_statistics_of_batches_stay_from_a_step_on():
     net = Net()
-    variables = net.init(jax.random.key(0), X, train=True)
+    variables = jax.jit(net.init, static_argnames="train")(jax.random.key(0), X, train=True)
 
     def learning(params, stats, x):
         y, new = net.apply(

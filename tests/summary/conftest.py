@@ -5,6 +5,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from tests.interpret.models import filled
+
 
 class CNN(nn.Module):
     @nn.compact
@@ -16,4 +18,4 @@ class CNN(nn.Module):
 
 @pytest.fixture(scope="session")
 def variables():
-    return CNN().init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+    return filled(jax.eval_shape(CNN().init, jax.random.key(0), jnp.zeros((1, 8, 8, 3))))
