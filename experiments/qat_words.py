@@ -7,13 +7,14 @@ Result: results/qat_words.json, perplexity a word on the test text of WikiText-2
 all have an output, and whose state is carried through the text.
 
 Formats are 2/2, 2/3 and 3/3 bits of weights and activations, as in Xu et al., "Alternating
-Multi-bit Quantization for Recurrent Neural Networks", 2018, arXiv:1802.00150. The embedding, the kernels of the cell and the output matrix have
-the bits of the weights, a step a row or an output; the state has those of the activations where a
-gate and where the output reads it. The row of the embedding that enters the cell has 8 bits there.
-Theirs are binary codes with free coefficients; here the levels are even, and their step is learned
-(LSQ). The network is trained in float, dropout a half, by Adam with the gradient's norm clipped,
-and from there on in the bits of the row, or in float for as long. Rates are chosen on the
-validation text with the first seed; the test text is read once."""
+Multi-bit Quantization for Recurrent Neural Networks", 2018, arXiv:1802.00150. The embedding, the
+kernels of the cell and the output matrix have the bits of the weights, a step a row or an output;
+the state has those of the activations where a gate and where the output reads it. The row of the
+embedding that enters the cell has 8 bits there. Theirs are binary codes with free coefficients;
+here the levels are even, and their step is learned (LSQ). The network is trained in float, dropout
+a half, by Adam with the gradient's norm clipped, and from there on in the bits of the row, or in
+float for as long. Rates are chosen on the validation text with the first seed; the test text is
+read once."""
 
 import dataclasses
 import functools
