@@ -117,6 +117,36 @@ def trained(payload: Mapping[str, Any], **where: Any) -> Table:
     return table._replace(lines=[*lines, *table.lines])
 
 
+def compressions(payload: Mapping[str, Any], network: str) -> Table:
+    """Points lost by each way to save bytes, at the bytes of so many bits a weight."""
+    rows = [row | {"format": f"w{row['budget']}"} for row in payload["rows"]]
+    return trained({"rows": rows}, network=network)
+
+
+def decoder_formats(payload: Mapping[str, Any]) -> Table:
+    """Nats a character more than the float decoder of the same seed that was trained as long."""
+    rows = _with(payload["rows"], table="formats")
+    top = {row["seed"]: row["loss"] for row in rows if row["method"] == "float"}
+    mine = [r for r in rows if r["method"] != "float" and ("reason" in r or r["seed"] in top)]
+    table = methods_by_formats(mine, lambda row: row["loss"] - top[row["seed"]], digits=3)
+    blanks = ("",) * (len(table.columns) - 2)
+    head = (f"float32, {mean_sd(spread(top.values()), digits=3)} nats", "0", *blanks)
+    return table._replace(lines=[head, *table.lines])
+
+
+def optimizer_states(payload: Mapping[str, Any]) -> Table:
+    """What an optimizer's state takes, in bits of its numbers, and the nats it comes to."""
+    rows = [r for r in _with(payload["rows"], table="optimizer") if "reason" not in r]
+    whole = max((row["state_bytes"] for row in rows), default=1)
+    lines: list[tuple[str, ...]] = []
+    for bits in dict.fromkeys(row["state_bits"] for row in rows):
+        mine = _with(rows, state_bits=bits)
+        share = f"{100 * mine[0]['state_bytes'] / whole:.1f}"
+        loss = mean_sd(spread(row["loss"] for row in mine), digits=4)
+        lines.append((str(bits), share, loss))
+    return Table(("bits of the state", "bytes, %", "nats a character"), lines, [])
+
+
 def costs(payload: Mapping[str, Any], **where: Any) -> Table:
     """What a format takes: the median over formats and seeds of the seconds on the clock, of those
     of the processor over all cores, and the memory beyond the network and the images."""

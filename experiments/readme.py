@@ -82,6 +82,9 @@ METHODS: dict[str, Callable[[Any], method_tables.Table]] = {
         for network in ("spoken_digits", "japanese_vowels")
         for cell in ("lstm", "gru")
     },
+    "qat_transformer formats": method_tables.decoder_formats,
+    "qat_transformer state": method_tables.optimizer_states,
+    "joint_compression fashion_mnist": partial(method_tables.compressions, network="fashion_mnist"),
     "allocate fashion_mnist": partial(method_tables.allocations, network="fashion_mnist"),
     "allocate mnist": partial(method_tables.allocations, network="mnist"),
     "allocate resnet32": partial(method_tables.allocations, network="resnet32"),

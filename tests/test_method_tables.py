@@ -143,3 +143,47 @@ def test_recurrent_networks_are_compared_with_the_float_one_of_their_cell():
     head, *lines = table.lines
     assert head == ("float32, accuracy 90.00 %", "0.00", "", "")
     assert sorted(lines) == [("lsq", "0.00", "10.00", "20.00"), ("rounded", "10.00", "", "")]
+
+
+def test_a_decoder_is_compared_in_nats_with_the_float_one_of_its_seed():
+    def row(method, format, loss, seed=0):
+        return {"table": "formats", "method": method, "format": format, "loss": loss, "seed": seed}
+
+    state = {"table": "optimizer", "seed": 0}
+    rows = [
+        row("float", "float32", 1.5),
+        row("float", "float32", 1.7, seed=1),
+        row("lsq", "w4", 1.51),
+        row("lsq", "w4", 1.73, seed=1),
+        row("lsq", "w2", 1.9, seed=2),  # its float decoder is not there yet
+        state | {"state_bits": 32, "state_bytes": 800, "loss": 1.5},
+        state | {"state_bits": 8, "state_bytes": 202, "loss": 1.6},
+    ]
+    table = method_tables.decoder_formats({"rows": rows})
+    assert table.columns == ("method", "w4")
+    head, line = table.lines
+    assert head[0].startswith("float32, 1.600 ± 0.141 nats") and line == ("lsq", "0.020 ± 0.014")
+    table = method_tables.optimizer_states({"rows": rows})
+    assert table.lines == [("32", "100.0", "1.5000"), ("8", "25.2", "1.6000")]
+
+
+def test_ways_to_save_bytes_are_compared_at_the_same_bytes():
+    def row(method, budget, distil, accuracy):
+        key = {"network": "n", "method": method, "budget": budget, "distil": distil, "seed": 0}
+        return key | {"accuracy": accuracy}
+
+    rows = [
+        row("float", 32, False, 0.9),
+        row("quantize", 4, False, 0.89),
+        row("quantize", 2, True, 0.88),
+        row("prune", 4, False, 0.8),
+    ]
+    table = method_tables.compressions({"rows": rows}, "n")
+    assert table.columns == ("method", "w4", "w2")
+    head, *lines = table.lines
+    assert head == ("float32, accuracy 90.00 %", "0.00", "")
+    assert sorted(lines) == [
+        ("prune", "10.00", ""),
+        ("quantize", "1.00", ""),
+        ("quantize, distilled", "", "2.00"),
+    ]
