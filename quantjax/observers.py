@@ -293,8 +293,13 @@ class _Mse:
             better = error < best[0]
             return jnp.where(better, error, best[0]), jnp.where(better, f, best[1])
 
-        start = (jnp.full(low.shape, np.inf, jnp.float32), jnp.ones(low.shape, jnp.float32))
-        best = lax.fori_loop(0, self.steps, body, start)[1]
+        if low.size == 1:  # an activation, say: many blocks would gain little
+            lows, highs = low[..., None] * fractions, high[..., None] * fractions
+            errors = _errors(x, lows, highs, grid, weights, self.p, unit)
+            best = fractions[jnp.argmin(errors, -1)]
+        else:
+            start = (jnp.full(low.shape, np.inf, jnp.float32), jnp.ones(low.shape, jnp.float32))
+            best = lax.fori_loop(0, self.steps, body, start)[1]
         low, high = low * best, high * best
         if self.p == 2 and grid.symmetric and grid.scale_format is None:
             for _ in range(2):
