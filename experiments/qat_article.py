@@ -1,7 +1,8 @@
 """Which estimator trains the article's network in the fewest bits, weights and activations?
 Run: python -m experiments.qat_article --data-dir DIR [--estimators lsq --weights w2 --publish]
-Time: a row is a training of four epochs for each learning rate that is tried, see `seconds` there;
-rows that are there are not computed again, and a row that was stopped goes on at its last epoch.
+Time: a row is a training of two epochs, three minutes of one core, for each learning rate that is
+tried, see `seconds` there; rows that are there are not computed again, and a row that was stopped
+goes on at its last epoch.
 Result: results/qat_article.json, accuracy on the 10,000 test images of Fashion-MNIST and MNIST.
 
 Fine-tunes the network that `article` trains. The second and the third layer have the row's bits,
@@ -60,7 +61,7 @@ class Config:
     weights: tuple[str, ...] = FEW
     activations: tuple[Literal[32, 8, 4, 2], ...] = (32, 8, 4, 2)
     rates: tuple[float, ...] = (1e-3, 3e-3)
-    epochs: int = 4
+    epochs: int = 2
     batch_size: int = 64
     seeds: tuple[int, ...] = (0, 1, 2)
     out: Path = Path("runs")
