@@ -8,6 +8,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import ScalarFormatter
 
 from experiments.method_tables import format_place, points_lost, variant
 from experiments.report import spread
@@ -70,9 +71,16 @@ def _marks(
             linestyle="none", marker=MARKERS[i % len(MARKERS)], markersize=5, capsize=2,
             color=colors[i % len(colors)], label=method,
         )  # fmt: skip
+    _scaled(axes, list(formats.values()))
+
+
+def _scaled(axes: Any, names: Sequence[str]) -> None:
+    """A place for each name below; points of accuracy, linear to 1, beside."""
     axes.axhline(0, color="0.3", linewidth=1)
     axes.set_yscale("symlog", linthresh=1, linscale=1)
-    axes.set_xticks(range(len(formats)), formats.values(), fontsize=8)
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.set_xticks(range(len(names)), names, fontsize=8)
+    axes.set_xlim(-0.5, len(names) - 0.5)
     axes.grid(alpha=0.25)
 
 
@@ -81,7 +89,7 @@ def _stored(figure: Any, first: Any, network: str, path: Path) -> Path:
     first.set_ylabel("points of accuracy lost (linear to 1)")
     handles = first.get_legend_handles_labels()
     figure.legend(*handles, loc="center left", bbox_to_anchor=(0.91, 0.5), fontsize=8)
-    figure.suptitle(f"{network}, against the float network trained as long")
+    figure.suptitle(f"{network.replace('_', ' ')}, against the float network trained as long")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
@@ -113,12 +121,9 @@ def recurrent_figure(rows: Iterable[Mapping[str, Any]], folder: Path) -> Path:
                 color=f"C{i // 2}", markerfacecolor="white" if method == "rounded" else None,
                 label=f"{cell.upper()}, {RECURRENT[method]}",
             )  # fmt: skip
-        axes.axhline(0, color="0.3", linewidth=1)
+        _scaled(axes, formats)
         axes.axhline(0.5, color="0.3", linewidth=1, linestyle=":")
-        axes.set_yscale("symlog", linthresh=1, linscale=1)
-        axes.set_xticks(range(len(formats)), formats, fontsize=8)
         axes.set_title(network.replace("_", " "))
-        axes.grid(alpha=0.25)
     panels[0][0].set_ylabel("points of accuracy lost (linear to 1)")
     panels[0][0].legend(fontsize=8)
     figure.suptitle("against the float network trained as long; dotted: half a point")
