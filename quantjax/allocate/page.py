@@ -44,7 +44,7 @@ def page(report: "Sensitivity") -> str:
         "<h1>Which layer hurts?</h1>",
         f'<p class="soft">Change of the loss by each layer alone, by {report.mode.value}, on '
         f"{report.examples:,} examples in {report.batches} batches.</p>",
-        *(_worst(report, f) for f in sorted(shown, key=lambda f: f != report.coarsest)),
+        *(_worst(report, f) for f in sorted(shown, key=lambda f: -sum(_losses(report, f)))),
         "<h2>Loss of every layer</h2>",
         "<p>On a logarithmic scale; what is zero or less is not drawn.</p>",
         _legend(shown),
