@@ -30,7 +30,8 @@ from experiments.activations import judges
 from experiments.bench_candidates import tree_bytes
 from experiments.distillation import distillation_loss
 from experiments.optimizers import fine_tuning
-from experiments.post_training import Judge
+from experiments.post_training import Judge, scored
+from experiments.report import environment
 from experiments.rows import Rows
 from experiments.steps import steps_per_epoch
 from experiments.train import TrainConfig, TrainResult, train
@@ -177,6 +178,10 @@ def main(config: Config) -> None:
     for network in config.networks:
         chosen: dict[Hashable, float] = {}
         for seed, (judge, params) in zip(config.seeds, judges(asked, network), strict=True):
+            base = {"network": network, "budget": 32, "distil": False, "seed": seed}
+            key = base | {"method": "float, as it was"}
+            untouched = functools.partial(scored, judge, params)
+            print(rows.of_network(key, params, untouched, **environment()))
             for cell in cells:
                 method, budget, distil = cell or ("float", 32, False)
                 key = dict(network=network, method=method, budget=budget, distil=distil, seed=seed)

@@ -94,6 +94,11 @@ class Judge:
         }
 
 
+def scored(judge: Judge, params: Any) -> dict[str, Any]:
+    """A float network on the test images, without the predictions."""
+    return judge.test(params)[0]
+
+
 def seen(tree: Any) -> Any:
     """The tree as it is judged: weights alone as floats; with activations as it is, for products
     that `intercept` runs on codes."""

@@ -17,7 +17,7 @@ import tyro
 
 from experiments.activations import Config as Networks
 from experiments.activations import judges
-from experiments.post_training import Judge
+from experiments.post_training import scored
 from experiments.ptq_resnet import BATCH, FORMATS, IMAGES, OURS, Way, batches, measured, policy
 from experiments.report import environment
 from experiments.rows import Rows
@@ -46,11 +46,6 @@ class Config:
     publish: bool = False
 
 
-def scored(judge: Judge, params: Any) -> dict[str, Any]:
-    """The float network on the test images."""
-    return judge.test(params)[0]
-
-
 def main(config: Config) -> None:
     """Computes the rows that are missing, one after another."""
     home = Path(__file__).parent if config.publish else config.out
@@ -65,7 +60,8 @@ def main(config: Config) -> None:
         for trained, (judge, params) in zip(config.seeds, judges(asked, network), strict=True):
             base: dict[str, Any] = {"network": network, "trained": trained}
             row = {"method": "float", "format": "float32"} | base
-            print(rows.row(row, functools.partial(scored, judge, params), **environment()))
+            untouched = functools.partial(scored, judge, params)
+            print(rows.of_network(row, params, untouched, **environment()))
             drawn = functools.cache(functools.partial(batches, judge))
             # A whole table of one seed first.
             for seed, name, ends, format in itertools.product(

@@ -23,7 +23,7 @@ import quantjax as qj
 from experiments.activations import Config as Networks
 from experiments.activations import judges
 from experiments.optimizers import fine_tuning
-from experiments.post_training import Judge, seen
+from experiments.post_training import Judge, scored, seen
 from experiments.ptq_resnet import batches
 from experiments.qat_plots import estimator_figure
 from experiments.report import environment
@@ -149,15 +149,11 @@ def network_rows(rows: Rows, config: Config, network: str) -> None:
     for seed, (judge, params) in zip(config.seeds, judges(asked, network), strict=True):
         base: dict[str, Any] = {"network": network, "seed": seed}
         key = FLOAT._replace(method="float, as it was")._asdict() | base
-        print(rows.row(key, functools.partial(untrained, judge, params), **environment()))
+        untouched = functools.partial(scored, judge, params)
+        print(rows.of_network(key, params, untouched, **environment()))
         for cell in cells:
             compute = functools.partial(measured, judge, params, cell, config, seed)
             tuned_row(rows, cell._asdict() | base, compute, chosen, cell, config.rates)
-
-
-def untrained(judge: Judge, params: Any) -> dict[str, Any]:
-    """The float network on the test images, before it is trained on."""
-    return judge.test(params)[0]
 
 
 def main(config: Config) -> None:

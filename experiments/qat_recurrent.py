@@ -25,8 +25,7 @@ import tyro
 import quantjax as qj
 from experiments import sequences
 from experiments.optimizers import fine_tuning
-from experiments.post_training import Judge
-from experiments.qat_article import untrained
+from experiments.post_training import Judge, scored
 from experiments.qat_plots import recurrent_figure
 from experiments.recurrent import CellName, RecurrentClassifier, initialize
 from experiments.report import environment
@@ -178,8 +177,8 @@ def network_rows(rows: Rows, config: Config, network: str, cell: CellName) -> No
         params = first_training(problem)
         base = {"network": network, "cell": cell, "seed": seed}
         key = base | {"method": "float, as it was", "format": FLOAT}
-        compute = functools.partial(untrained, judge, params)
-        print(rows.row(key, compute, **environment()))
+        compute = functools.partial(scored, judge, params)
+        print(rows.of_network(key, params, compute, **environment()))
         key = base | {"method": "float", "format": FLOAT}
         tune = functools.partial(trained_row, problem, params, None, FLOAT)
         tuned_row(rows, key, tune, chosen, FLOAT, config.rates)

@@ -213,7 +213,7 @@ def main(config: Config) -> None:
         variables = first_training(problem)
         key = {"method": "float, as it was", "format": FLOAT[1], "seed": seed}
         compute = functools.partial(row_of, problem, problem.apply, variables)
-        print(rows.row(key, compute, **environment()), flush=True)
+        print(rows.of_network(key, variables, compute, **environment()), flush=True)
         for method, format in (FLOAT, *(("lsq", format) for format in config.formats)):
             if method != FLOAT[0]:
                 key = {"method": "rounded", "format": format, "seed": seed}

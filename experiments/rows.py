@@ -12,7 +12,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments.describe import differences
+import jax
+import numpy as np
+
+from experiments.describe import differences, digest
 from experiments.report import write_json
 
 
@@ -41,6 +44,25 @@ class Rows:
                 "Delete it, or write elsewhere."
             )
         return payload["rows"]
+
+    def of_network(
+        self,
+        key: Mapping[str, Any],
+        params: Any,
+        compute: Callable[[], Mapping[str, Any]],
+        **about: Any,
+    ) -> dict[str, Any]:
+        """The row of a network as it is, with a digest of its parameters: other rows say what came
+        of it. Raises ValueError where the stored row is of other parameters: trained anew by the
+        same seed, on another machine, it is another network, and the losses of both do not mix."""
+        mine = digest(np.asarray(leaf) for leaf in jax.tree.leaves(params))
+        row = self.row(key, lambda: {**compute(), "checkpoint": mine}, **about)
+        if "reason" not in row and (stored := row.get("checkpoint")) != mine:
+            raise ValueError(
+                f"{self.path}: the rows of {dict(key)} are of other parameters (digest {stored}, "
+                f"now {mine}). Delete them, write elsewhere, or ask for another seed."
+            )
+        return row
 
     def row(
         self, key: Mapping[str, Any], compute: Callable[[], Mapping[str, Any]], **about: Any

@@ -245,6 +245,15 @@ def test_rows_of_another_experiment_are_refused(tmp_path):
         Rows(tmp_path / "rows.json", {"checkpoint": "b"}).row({"method": "m"}, lambda: {})
 
 
+def test_rows_of_a_network_that_was_trained_anew_are_refused(tmp_path):
+    table = Rows(tmp_path / "rows.json", {})
+    row = table.of_network({"seed": 0}, {"w": np.ones(2)}, lambda: {"loss": 1.0})
+    assert table.of_network({"seed": 0}, {"w": np.ones(2)}, pytest.fail) == row
+    with pytest.raises(ValueError, match="'seed': 0.*other parameters"):
+        table.of_network({"seed": 0}, {"w": np.zeros(2)}, pytest.fail)
+    table.of_network({"seed": 1}, {"w": np.zeros(2)}, lambda: {"loss": 2.0})
+
+
 @pytest.fixture(scope="module")
 def judge(params):
     draw = np.random.RandomState(0).randint(0, TINY.vocabulary, (5, 13))
