@@ -68,12 +68,12 @@ class Rows:
         self, key: Mapping[str, Any], compute: Callable[[], Mapping[str, Any]], **about: Any
     ) -> dict[str, Any]:
         """The row of this key: as stored, or computed and stored. `about` goes to the file's top,
-        such as the versions and device of the last run."""
+        such as the versions of the last run; a row keeps its own device, whose seconds it has."""
         there = next((row for row in self.stored() if key.items() <= row.items()), None)
         if there is not None and "reason" not in there:
             return there
         try:
-            found = {**key, **compute()}
+            found = {**key, **compute(), **{k: about[k] for k in about if k == "device"}}
         except NotApplicable as why:
             found = {**key, "reason": str(why)}
         except Exception as error:  # one row's failure is that row's result

@@ -206,7 +206,8 @@ def test_rows_are_written_at_once_and_not_computed_again(tmp_path):
     table = Rows(tmp_path / "rows.json", {"checkpoint": "a", "sizes": (1, 2)})
     assert table.row({"method": "m", "seed": 0}, lambda: {"kl": 1.0}, device="here")["kl"] == 1.0
     stored = json.loads(table.path.read_text())
-    assert stored["rows"] == [{"method": "m", "seed": 0, "kl": 1.0}] and stored["device"] == "here"
+    assert stored["device"] == "here"
+    assert stored["rows"] == [{"method": "m", "seed": 0, "kl": 1.0, "device": "here"}]
     assert table.row({"method": "m", "seed": 0}, lambda: pytest.fail("computed again"))["kl"] == 1.0
     table.row({"method": "m", "seed": 1}, lambda: {"kl": 2.0})
     assert [row["seed"] for row in table.stored()] == [0, 1]

@@ -58,6 +58,8 @@ def test_costs_are_medians_and_rows_without_them_do_not_count():
         {"method": "m", "seconds": s, "cpu_seconds": c, "peak_bytes": p} for s, c, p in costs
     ] + [{"method": "m", "seconds": 100.0}, {"method": "n", "reason": "not here"}]
     assert method_tables.costs({"rows": rows}).lines == [("m", "2.0", "4.0", "5")]
+    slower = {"method": "m", "seconds": 99.0, "cpu_seconds": 99.0, "device": "another"}
+    assert method_tables.costs({"rows": [*rows, slower]}).lines == [("m", "2.0", "4.0", "5")]
 
 
 def test_allocations_compare_the_ways_at_each_budget():
