@@ -149,8 +149,8 @@ def optimizer_states(payload: Mapping[str, Any]) -> Table:
 
 def costs(payload: Mapping[str, Any], **where: Any) -> Table:
     """What a format takes: the median over formats and seeds of the seconds on the clock, of those
-    of the processor over all cores, and the memory beyond the network and the images. Of the machine
-    that measured most rows; another's seconds are not these."""
+    of the processor over all cores, and the memory beyond the network and the images. Of the
+    machine that measured most rows; another's seconds are not these."""
     rows = [r for r in _with(payload["rows"], **where) if r.get("cpu_seconds") is not None]
     machine = statistics.mode(row.get("device") for row in rows) if rows else None
     rows = [row for row in rows if row.get("device") == machine]
