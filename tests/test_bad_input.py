@@ -323,31 +323,38 @@ class Block(importlib.abc.MetaPathFinder):
             raise ModuleNotFoundError(f"{name} is not a run-time dependency", name=name)
 
 sys.meta_path.insert(0, Block())
+start = time.process_time()
 import jax
+base = time.process_time() - start
+sys.dont_write_bytecode, sys.pycache_prefix = False, sys.argv[1]  # compiled once, as installed
 start = time.process_time()
 import quantjax
-took = time.process_time() - start
+ratio = (time.process_time() - start) / base
 try:
     from jax._src import xla_bridge
     backends = len(xla_bridge._backends)
 except (ImportError, AttributeError):
     backends = 0  # where JAX keeps them is its own business
-print(took, backends)
+print(ratio, backends)
 tree = {"kernel": jax.numpy.ones((4, 4))}
 y = quantjax.dequantize(quantjax.quantize(tree, "w8"))
 assert y["kernel"].shape == (4, 4)
 """
 
 
-def test_import_is_fast_starts_no_backend_and_needs_run_time_dependencies_alone():
-    times = []
-    while len(times) < 3 and min(times, default=9.0) >= 1.0:  # again if others disturbed it
-        done = subprocess.run([sys.executable, "-c", RUN], capture_output=True, text=True)
+def test_import_starts_no_backend_needs_run_time_dependencies_alone_and_adds_little_to_that_of_jax(
+    tmp_path,
+):
+    ratios = []
+    while len(ratios) < 4 and min(ratios, default=9.0) >= 0.7:  # the first run compiles the source
+        done = subprocess.run(
+            [sys.executable, "-c", RUN, tmp_path], capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, done.stderr
-        took, backends = done.stdout.split()
+        ratio, backends = done.stdout.split()
         assert int(backends) == 0
-        times.append(float(took))
-    assert min(times) < 1.0  # seconds of processor time after `import jax`
+        ratios.append(float(ratio))
+    assert min(ratios) < 0.7  # of the processor time of `import jax`
 
 
 @pytest.mark.parametrize(
