@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Int
 
 from experiments.byte_pairs import learn
-from experiments.windows import Windows, count_words, windows
+from experiments.windows import Windows, count_words, windows, words_of
 
 
 def load(data_dir: Path, *, vocabulary: int = 4096, context: int = 128) -> Windows:
@@ -41,12 +41,12 @@ class Words:
     @classmethod
     def of(cls, text: str) -> "Words":
         """Those that a text holds."""
-        return cls(tuple(word for word, _ in collections.Counter(_split(text)).most_common()))
+        return cls(tuple(word for word, _ in collections.Counter(words_of(text)).most_common()))
 
     def encode(self, text: str) -> Int[np.ndarray, "n"]:
         """Raises ValueError naming a word that is not among them."""
         place = {word: i for i, word in enumerate(self.words)}
-        found = _split(text)
+        found = words_of(text)
         if unknown := sorted(set(found) - set(place)):
             raise ValueError(f"{unknown[0]!r} is not among the {len(self.words)} words.")
         return np.array([place[word] for word in found], np.int32)
@@ -66,10 +66,6 @@ def load_words(data_dir: Path, *, context: int = 30, judged: int = 128) -> Windo
     sizes = {"train": context, "valid": judged, "test": judged}
     train, valid, test = (windows(words.encode(texts[k]), sizes[k]) for k in texts)
     return Windows("wikitext2 words", words, *train, *valid, *test, test[1].size)
-
-
-def _split(text: str) -> list[str]:
-    return text.replace("\n", " <eos> ").split()
 
 
 def _read(folder: Path, name: str) -> str:

@@ -42,9 +42,14 @@ def windows(tokens: Int[np.ndarray, "n"], context: int) -> tuple[Tokens, Tokens]
     return first, second
 
 
+def words_of(text: str) -> list[str]:
+    """Its words, an end of line being one."""
+    return text.replace("\n", " <eos> ").split()
+
+
 def count_words(tokenizer: Any, tokens: Tokens) -> int:
     """Words and ends of line."""
-    return len(tokenizer.decode(tokens.ravel()).replace("\n", " <eos> ").split())
+    return len(words_of(tokenizer.decode(tokens.ravel())))
 
 
 @dataclasses.dataclass(frozen=True)
