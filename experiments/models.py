@@ -64,6 +64,6 @@ def training_apply(model: nn.Module) -> Callable:
     return apply
 
 
-def initialize(model: nn.Module, image_shape: tuple[int, int, int], *, seed: int) -> dict:
-    """The variables of `model` for images of that shape, drawn by `seed`."""
-    return jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, *image_shape)))
+def initialize(model: nn.Module, shape: tuple[int, ...], *, seed: int) -> dict:
+    """The variables of `model` for examples of that shape, drawn by `seed`."""
+    return jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, *shape)))

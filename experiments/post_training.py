@@ -95,7 +95,7 @@ class Judge:
 
 
 def scored(judge: Judge, params: Any) -> dict[str, Any]:
-    """A float network on the test images, without the predictions."""
+    """A tree on the test images, without the predictions."""
     return judge.test(params)[0]
 
 

@@ -24,10 +24,11 @@ import tyro
 
 import quantjax as qj
 from experiments import sequences
+from experiments.models import initialize
 from experiments.optimizers import fine_tuning
 from experiments.post_training import Judge, scored
 from experiments.qat_plots import recurrent_figure
-from experiments.recurrent import CellName, RecurrentClassifier, initialize
+from experiments.recurrent import CellName, RecurrentClassifier
 from experiments.report import environment
 from experiments.rows import Rows
 from experiments.steps import steps_per_epoch
@@ -194,7 +195,7 @@ def network_rows(rows: Rows, config: Config, network: str, cell: CellName) -> No
 
 def _tested(judge: Judge, start: Callable[[], Any]) -> dict[str, Any]:
     """What rounding alone comes to on the test recordings."""
-    return judge.test(start())[0]
+    return scored(judge, start())
 
 
 def main(config: Config) -> None:

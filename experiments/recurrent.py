@@ -6,7 +6,6 @@ Representations using RNN Encoder-Decoder", 2014, arXiv:1406.1078, for the GRU."
 from typing import Any, Literal
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -31,8 +30,3 @@ class RecurrentClassifier(nn.Module):
         states = nn.RNN(CELLS[self.cell](self.hidden, name="cell"))(frames)
         mean = (jnp.asarray(states) * there).sum(1) / there.sum(1)
         return nn.Dense(self.classes, name="head")(mean)
-
-
-def initialize(model: nn.Module, shape: tuple[int, ...], *, seed: int) -> Any:
-    """The variables for sequences of such a shape, (t, c), drawn by `seed`."""
-    return jax.jit(model.init)(jax.random.key(seed), jnp.ones((1, *shape)))

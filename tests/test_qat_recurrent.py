@@ -9,10 +9,11 @@ import pytest
 
 import quantjax as qj
 from experiments import qat_recurrent, sequences
+from experiments.models import initialize
 from experiments.post_training import Judge
 from experiments.qat_plots import recurrent_figure
 from experiments.qat_recurrent import FORMATS, Config, Recipe
-from experiments.recurrent import RecurrentClassifier, initialize
+from experiments.recurrent import RecurrentClassifier
 from tests.daily import daily
 from tests.test_sequences import write_vowels
 

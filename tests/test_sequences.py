@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from experiments import mel, sequences
-from experiments.recurrent import RecurrentClassifier, initialize
+from experiments.models import initialize
+from experiments.recurrent import RecurrentClassifier
 from tests.daily import daily
 
 
