@@ -28,6 +28,11 @@ def digest(arrays: Iterable[np.ndarray]) -> str:
     return total.hexdigest()[:16]
 
 
+def digest_of(tree: Tree) -> str:
+    """That of a tree's leaves."""
+    return digest(np.asarray(leaf) for leaf in jax.tree.leaves(tree))
+
+
 def fingerprint(tree: Tree) -> dict[str, list]:
     """Dtype, shape, sum of magnitudes and Euclidean norm of each leaf, by key path.
 

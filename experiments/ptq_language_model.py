@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int
 
 import quantjax as qj
 from experiments import train_language_model
-from experiments.describe import digest
+from experiments.describe import digest_of
 from experiments.language_model import DecoderConfig, module
 from experiments.memory import with_peak
 from experiments.method_tables import divergence
@@ -232,7 +232,7 @@ def main(config: Config) -> None:
     judge = Judge(apply, params, data.test_images[spread_out], data.test_labels[spread_out])
     head = {
         "question": (__doc__ or "").splitlines()[0],
-        "checkpoint": digest([np.asarray(x) for x in jax.tree.leaves(params)]),
+        "checkpoint": digest_of(params),
         "decoder": dataclasses.asdict(config.model.decoder),
         "test": {"windows": len(spread_out), "of": count, "tokens": judge.targets.size},
         "calibration": {"windows": SEQUENCES, "tokens": SEQUENCES * config.model.context},

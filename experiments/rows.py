@@ -12,10 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-
-from experiments.describe import differences, digest
+from experiments.describe import differences, digest_of
 from experiments.report import write_json
 
 
@@ -55,7 +52,7 @@ class Rows:
         """The row of a network as it is, with a digest of its parameters: other rows say what came
         of it. Raises ValueError where the stored row is of other parameters: trained anew by the
         same seed, on another machine, it is another network, and the losses of both do not mix."""
-        mine = digest(np.asarray(leaf) for leaf in jax.tree.leaves(params))
+        mine = digest_of(params)
         row = self.row(key, lambda: {**compute(), "checkpoint": mine}, **about)
         if "reason" not in row and (stored := row.get("checkpoint")) != mine:
             raise ValueError(
@@ -73,7 +70,8 @@ class Rows:
         if there is not None and "reason" not in there:
             return there
         try:
-            found = {**key, **compute(), **{k: about[k] for k in about if k == "device"}}
+            own = {"device": about["device"]} if "device" in about else {}
+            found = {**key, **compute(), **own}
         except NotApplicable as why:
             found = {**key, "reason": str(why)}
         except Exception as error:  # one row's failure is that row's result
