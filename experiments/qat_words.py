@@ -42,7 +42,7 @@ from quantjax import qat
 from quantjax.policy import preset_spec
 
 FORMATS: dict[str, tuple[str, int]] = {"w2a2": ("w2", 2), "w2a3": ("w2", 3), "w3a3": ("w3", 3)}
-FLOAT = ("float", "float32")
+FLOAT = "float32"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,24 +148,26 @@ def row_of(problem: Problem, apply: Any, variables: Any) -> dict[str, Any]:
     return {"perplexity": test, "validation_perplexity": valid}
 
 
-def rounded_row(problem: Problem, variables: Any, format: str) -> dict[str, Any]:
+def rounded_row(problem: Problem, start: Callable[[], Any]) -> dict[str, Any]:
     """What rounding alone comes to."""
-    return row_of(problem, qj.intercept(problem.apply), rounded(problem, variables, format))
+    return row_of(problem, qj.intercept(problem.apply), start())
 
 
-def trained_row(problem: Problem, variables: Any, format: str, rates: Rates) -> dict[str, Any]:
+def trained_row(
+    problem: Problem, variables: Any, start: Callable[[], Any] | None, format: str, rates: Rates
+) -> dict[str, Any]:
     """The second training at the best of the rates, and what each came to on the validation
-    text, its state carried through."""
-    apply, tree, quantized = problem.apply, variables, format != FLOAT[1]
-    if quantized:
-        tree = qat.prepare(variables, like=rounded(problem, variables, format), estimator=qat.lsq())
+    text, its state carried through. start: the rounded network, or None for float."""
+    apply, tree = problem.apply, variables
+    if start is not None:
+        tree = qat.prepare(variables, like=start(), estimator=qat.lsq())
         apply = qj.intercept(apply)
     passes = problem.config.more_passes
     data = problem.data
 
     def run(rate: float) -> tuple[Any, TrainResult]:
         found, result = problem.trained(f"{format}_{rate:g}x{passes}", apply, tree, rate, passes)
-        return qat.finalize(found) if quantized else found, result
+        return found if start is None else qat.finalize(found), result
 
     def score(found: tuple[Any, TrainResult]) -> float:
         return math.exp(nats(apply, found[0], data.validation_images, data.validation_labels))
@@ -211,16 +213,19 @@ def main(config: Config) -> None:
     for seed in config.seeds:
         problem = Problem(config, data, model, seed, on_epoch)
         variables = first_training(problem)
-        key = {"method": "float, as it was", "format": FLOAT[1], "seed": seed}
+        key = {"method": "float, as it was", "format": FLOAT, "seed": seed}
         compute = functools.partial(row_of, problem, problem.apply, variables)
         print(rows.of_network(key, variables, compute, **environment()), flush=True)
-        for method, format in (FLOAT, *(("lsq", format) for format in config.formats)):
-            if method != FLOAT[0]:
-                key = {"method": "rounded", "format": format, "seed": seed}
-                compute = functools.partial(rounded_row, problem, variables, format)
-                print(rows.row(key, compute, **environment()), flush=True)
-            key = {"method": method, "format": format, "seed": seed}
-            tune = functools.partial(trained_row, problem, variables, format)
+        key = {"method": "float", "format": FLOAT, "seed": seed}
+        tune = functools.partial(trained_row, problem, variables, None, FLOAT)
+        tuned_row(rows, key, tune, chosen, FLOAT, config.rates)
+        for format in config.formats:
+            start = functools.cache(functools.partial(rounded, problem, variables, format))
+            key = {"method": "rounded", "format": format, "seed": seed}
+            compute = functools.partial(rounded_row, problem, start)
+            print(rows.row(key, compute, **environment()), flush=True)
+            key = {"method": "lsq", "format": format, "seed": seed}
+            tune = functools.partial(trained_row, problem, variables, start, format)
             tuned_row(rows, key, tune, chosen, format, config.rates)
 
 
