@@ -59,19 +59,35 @@ def _marks(
     colors = plt.get_cmap("tab20").colors  # type: ignore[attr-defined]
     for i, method in enumerate(methods):
         offset = 0.5 * ((i + 0.5) / len(methods) - 0.5)
-        points = {
-            place: spread(found)
-            for place, format in enumerate(formats)
-            if (found := [v for r, v in lost if (variant(r), r["format"]) == (method, format)])
-        }
-        axes.errorbar(
-            [place + offset for place in points],
-            [cell["mean"] for cell in points.values()],
-            [cell["sd"] for cell in points.values()],
-            linestyle="none", marker=MARKERS[i % len(MARKERS)], markersize=5, capsize=2,
-            color=colors[i % len(colors)], label=method,
+        mine = [(row, points) for row, points in lost if variant(row) == method]
+        _series(
+            axes, mine, list(formats), offset, label=method, marker=MARKERS[i % len(MARKERS)],
+            markersize=5, color=colors[i % len(colors)],
         )  # fmt: skip
     _scaled(axes, list(formats.values()))
+
+
+def _series(
+    axes: Any,
+    lost: Sequence[tuple[Mapping[str, Any], float]],
+    formats: Sequence[str],
+    offset: float,
+    **style: Any,
+) -> None:
+    """Marks of one kind, beside the places of the formats: mean and deviation of the points."""
+    points = {
+        place: spread(found)
+        for place, format in enumerate(formats)
+        if (found := [v for row, v in lost if row["format"] == format])
+    }
+    axes.errorbar(
+        [place + offset for place in points],
+        [cell["mean"] for cell in points.values()],
+        [cell["sd"] for cell in points.values()],
+        linestyle="none",
+        capsize=2,
+        **style,
+    )
 
 
 def _scaled(axes: Any, names: Sequence[str]) -> None:
@@ -90,6 +106,10 @@ def _stored(figure: Any, first: Any, network: str, path: Path) -> Path:
     handles = first.get_legend_handles_labels()
     figure.legend(*handles, loc="center left", bbox_to_anchor=(0.91, 0.5), fontsize=8)
     figure.suptitle(f"{network.replace('_', ' ')}, against the float network trained as long")
+    return _saved(figure, path)
+
+
+def _saved(figure: Any, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
@@ -110,15 +130,11 @@ def recurrent_figure(rows: Iterable[Mapping[str, Any]], folder: Path) -> Path:
     for axes, network in zip(panels[0], networks, strict=False):
         for i, (cell, method) in enumerate(series):
             mine = [row for row in rows if (row["network"], row["cell"]) == (network, cell)]
-            lost = [(row["format"], points) for row, points in points_lost(mine)
-                    if row["method"] == method]  # fmt: skip
-            cells = {f: spread(v for name, v in lost if name == f) for f, _ in lost}
-            axes.errorbar(
-                [formats.index(f) + 0.5 * ((i + 0.5) / len(series) - 0.5) for f in cells],
-                [cell["mean"] for cell in cells.values()],
-                [cell["sd"] for cell in cells.values()],
-                linestyle="none", marker=MARKERS[i // 2], markersize=6, capsize=2,
-                color=f"C{i // 2}", markerfacecolor="white" if method == "rounded" else None,
+            lost = [(row, points) for row, points in points_lost(mine) if row["method"] == method]
+            _series(
+                axes, lost, formats, 0.5 * ((i + 0.5) / len(series) - 0.5), markersize=6,
+                marker=MARKERS[i // 2], color=f"C{i // 2}",
+                markerfacecolor="white" if method == "rounded" else None,
                 label=f"{cell.upper()}, {RECURRENT[method]}",
             )  # fmt: skip
         _scaled(axes, formats)
@@ -127,8 +143,4 @@ def recurrent_figure(rows: Iterable[Mapping[str, Any]], folder: Path) -> Path:
     panels[0][0].set_ylabel("points of accuracy lost (linear to 1)")
     panels[0][0].legend(fontsize=8)
     figure.suptitle("against the float network trained as long; dotted: half a point")
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "qat_recurrent.png"
-    figure.savefig(path, dpi=110, bbox_inches="tight")
-    plt.close(figure)
-    return path
+    return _saved(figure, folder / "qat_recurrent.png")
