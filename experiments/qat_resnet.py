@@ -165,9 +165,8 @@ def bits_of(name: str) -> tuple[str, int]:
     return found[1], int(found[2] or 32)
 
 
-def untrained(problem: Problem) -> dict[str, Any]:
+def untrained(problem: Problem, result: TrainResult) -> dict[str, Any]:
     """The float network on the test images, before it is trained on."""
-    result = problem.float_network()
     seconds = sum(record.seconds for record in result.history)
     return {
         **problem.judge.test(result.params)[0],
@@ -213,10 +212,14 @@ def network_rows(rows: Rows, config: Config, network: Network) -> None:
         problem = Problem(judge, config, network, seed)
         base = {"network": network, **epochs, "seed": seed}
         key = FLOAT._replace(method="float, as it was")._asdict() | base
-        print(rows.row(key, functools.partial(untrained, problem), **environment()), flush=True)
-        for cell in cells:
+        asked = {cell: cell._asdict() | base for cell in cells}
+        if not rows.have([key, *asked.values()]):  # only then is the float network needed
+            found = problem.float_network()
+            of_it = functools.partial(untrained, problem, found)
+            print(rows.of_network(key, found.params, of_it, **environment()), flush=True)
+        for cell, row in asked.items():
             compute = functools.partial(measured, problem, cell)
-            tuned_row(rows, cell._asdict() | base, compute, chosen, cell, config.rates)
+            tuned_row(rows, row, compute, chosen, cell, config.rates)
 
 
 def main(config: Config) -> None:

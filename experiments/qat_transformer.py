@@ -14,7 +14,6 @@ read once."""
 
 import dataclasses
 import functools
-import time
 from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -26,6 +25,7 @@ import tyro
 import quantjax as qj
 from experiments import shakespeare
 from experiments.bench_candidates import tree_bytes
+from experiments.describe import digest_of
 from experiments.evaluate import evaluate
 from experiments.language_model import DecoderConfig, forward, initialize
 from experiments.optimizers import relative_adam
@@ -149,15 +149,14 @@ def more(problem: Problem, params: Any, cell: tuple[str, str] | None, rate: floa
 
 def optimizer_row(problem: Problem, bits: int) -> dict[str, Any]:
     """A training from scratch."""
-    start, worked = time.perf_counter(), time.process_time()
     result, size = from_scratch(problem, bits)
-    cost = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - worked}
-    validation = result.history[-1].validation_loss
     return {
         **problem.scores(result.params),
-        "validation_loss": validation,
+        "validation_loss": result.history[-1].validation_loss,
         "state_bytes": size,
-    } | cost
+        "seconds": sum(record.seconds for record in result.history),
+        "checkpoint": digest_of(result.params),
+    }
 
 
 def format_row(problem: Problem, cell: tuple[str, str] | None, rates: Rates) -> dict[str, Any]:
@@ -208,13 +207,19 @@ def main(config: Config) -> None:
     cells = [None, *(cell for cell in WAYS if cell[1] in config.formats)]
     for seed in config.seeds:
         problem = Problem(config, data, apply, seed)
+        base = {"table": "optimizer", "seed": seed}
         for bits in config.state_bits:
-            key = {"table": "optimizer", "state_bits": bits, "seed": seed}
             compute = functools.partial(optimizer_row, problem, bits)
-            print(rows.row(key, compute, **environment()), flush=True)
+            print(rows.row(base | {"state_bits": bits}, compute, **environment()), flush=True)
+        asked = {}
         for cell in cells:
             name, weights = cell or ("float", "float32")
-            key = {"table": "formats", "method": name, "format": weights, "seed": seed}
+            asked[cell] = {"table": "formats", "method": name, "format": weights, "seed": seed}
+        if not rows.have(asked.values()):  # only then is the float network needed
+            params = from_scratch(problem, 32)[0].params
+            compute = functools.partial(optimizer_row, problem, 32)
+            rows.of_network(base | {"state_bits": 32}, params, compute, **environment())
+        for cell, key in asked.items():
             compute = functools.partial(format_row, problem, cell)
             tuned_row(rows, key, compute, chosen, cell, config.rates)
 

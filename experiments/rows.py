@@ -8,7 +8,7 @@ import dataclasses
 import json
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,10 @@ class Rows:
             )
         return payload["rows"]
 
+    def have(self, keys: Iterable[Mapping[str, Any]]) -> bool:
+        """Whether each of these rows is known, so that none would be computed."""
+        return all(self._known(key) is not None for key in keys)
+
     def of_network(
         self,
         key: Mapping[str, Any],
@@ -66,8 +70,7 @@ class Rows:
     ) -> dict[str, Any]:
         """The row of this key: as stored, or computed and stored. `about` goes to the file's top,
         such as the versions of the last run; a row keeps its own device, whose seconds it has."""
-        there = next((row for row in self.stored() if key.items() <= row.items()), None)
-        if there is not None and "reason" not in there:
+        if (there := self._known(key)) is not None:
             return there
         try:
             own = {"device": about["device"]} if "device" in about else {}
@@ -82,3 +85,8 @@ class Rows:
         rows[place : place + 1] = [found]
         write_json(self.path, {**self.head, **about, "rows": rows})
         return found
+
+    def _known(self, key: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The row that need not be computed."""
+        there = next((row for row in self.stored() if key.items() <= row.items()), None)
+        return None if there is None or "reason" in there else there

@@ -16,6 +16,7 @@ from experiments.qat_plots import residual_figure
 from experiments.qat_resnet import FLOAT, LAYERS, RECIPES, Cell, Config, Problem
 from experiments.resnet import ResNet
 from experiments.rows import Rows
+from experiments.train import TrainResult
 from experiments.ways import WAYS, parts
 from quantjax import formats
 from quantjax.paths import named_leaves
@@ -104,6 +105,18 @@ def test_rows_of_other_epochs_are_not_mixed(problem, tmp_path):
     key = {"network": "resnet8", "epochs": 1, "more_epochs": 7}
     rows.row(key, lambda: {"accuracy": 0.5})
     with pytest.raises(ValueError, match="rows of resnet8 have .*7}, asked: .*'more_epochs': 1}"):
+        qat_resnet.network_rows(rows, problem.config, "resnet8")
+
+
+def test_rows_of_a_network_that_was_trained_anew_are_not_mixed(problem, monkeypatch):
+    monkeypatch.setattr(qat_resnet, "load", lambda name, data_dir: problem.judge.data)
+    rows = Rows(problem.config.out / "rows.json", {})
+    base = {"network": "resnet8", "epochs": 1, "more_epochs": 1, "seed": 0}
+    key = FLOAT._replace(method="float, as it was")._asdict() | base
+    rows.of_network(key, {"w": np.ones(2)}, lambda: {"accuracy": 0.5})
+    again = TrainResult({"w": np.zeros(2)}, None, (), ())
+    monkeypatch.setattr(Problem, "float_network", lambda self: again)
+    with pytest.raises(ValueError, match="are of other parameters"):
         qat_resnet.network_rows(rows, problem.config, "resnet8")
 
 

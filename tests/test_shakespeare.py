@@ -61,11 +61,13 @@ def test_every_row_is_a_training(asked, folder):
         seeds=(0,), out=folder / "runs", **asked,
     )  # fmt: skip
     qat_transformer.main(config)
-    rows = json.loads((folder / "runs/results/qat_transformer.json").read_text())["rows"]
+    table = folder / "runs/results/qat_transformer.json"
+    payload = json.loads(table.read_text())
+    rows = payload["rows"]
     assert not [row["reason"] for row in rows if "reason" in row]
-    assert [row["state_bits"] for row in rows if row["table"] == "optimizer"] == list(
-        config.state_bits
-    )
+    # The float network that all formats start from has its row, asked for or not.
+    of_state = {row["state_bits"]: row for row in rows if row["table"] == "optimizer"}
+    assert of_state.keys() == {32, *config.state_bits}
     trained = {(row["method"], row["format"]): row for row in rows if row["table"] == "formats"}
     assert set(trained) - {("float", "float32")} == {
         cell for cell in qat_transformer.WAYS if cell[1] in config.formats
@@ -74,3 +76,9 @@ def test_every_row_is_a_training(asked, folder):
     assert low["validation_loss"] == min(low["rates"].values()) == low["rates"][f"{low['rate']:g}"]
     assert low["bits_per_weight"] < trained["float", "float32"]["bits_per_weight"] == 32
     assert all(np.isfinite(row["loss"]) for row in rows)
+
+    # Trained anew it would be another network, whose rows do not belong beside these.
+    of_state[32]["checkpoint"] = "another"
+    table.write_text(json.dumps(payload | {"rows": rows[:-1]}))
+    with pytest.raises(ValueError, match="are of other parameters"):
+        qat_transformer.main(config)
