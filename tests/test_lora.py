@@ -14,6 +14,7 @@ from quantjax import lora
 from quantjax.interpret import intercept, sites
 from quantjax.paths import named_leaves
 from quantjax.qat import guard
+from tests.counted import Counted
 from tests.daily import daily, dealt
 from tests.interpret.models import CASES, normal
 from tests.interpret.test_beside import PRODUCTS
@@ -141,7 +142,7 @@ def test_training_moves_the_adapters_alone_and_costs_their_memory():
     def loss(adapters):
         return jnp.mean((intercept(apply)(lora.attach(q, adapters), x) - y) ** 2)
 
-    @jax.jit
+    @Counted
     def step(adapters, state):
         value, g = jax.value_and_grad(loss)(adapters)
         updates, state = optimizer.update(g, state, adapters)
@@ -152,7 +153,7 @@ def test_training_moves_the_adapters_alone_and_costs_their_memory():
         adapters, state, value = step(adapters, state)
         losses.append(float(value))
     assert losses[0] == pytest.approx(float(jnp.mean((apply(qj.dequantize(q), x) - y) ** 2)), 1e-5)
-    assert losses[-1] < 0.6 * losses[0] and step._cache_size() == 1
+    assert losses[-1] < 0.6 * losses[0] and step.traces == 1
 
 
 def test_adapters_beside_factors_that_are_there():

@@ -8,6 +8,7 @@ import pytest
 
 import quantjax as qj
 from quantjax import prune, qat
+from tests.counted import Counted
 from tests.daily import daily
 
 W = jnp.asarray(np.random.default_rng(0).normal(size=(6, 4)), jnp.float32)
@@ -44,7 +45,7 @@ def test_pruned_weights_and_their_state_stay_zero(name):
     optimizer = prune.masked(OPTIMIZERS[name], masks)
     params, state = PARAMS, optimizer.init(PARAMS)
 
-    @jax.jit
+    @Counted
     def step(params, state):
         updates, state = optimizer.update(jax.grad(loss)(params), state, params)
         return optax.apply_updates(params, updates), state
@@ -56,7 +57,7 @@ def test_pruned_weights_and_their_state_stay_zero(name):
         assert all(not x.any() for x in zeros_of_state(state, mask))
     assert zeros_of_state(state, mask) or name == "adafactor"
     assert loss(params) < first and (np.asarray(params["w"])[mask] != 0).all()
-    assert step._cache_size() == 1
+    assert step.traces == 1
 
 
 def test_a_bare_optimizer_moves_them():
@@ -73,7 +74,7 @@ def test_masks_of_a_schedule_grow_in_one_compiled_step():
     """Masks traced in the step: the state is that of the optimizer, nothing compiles twice."""
     inner, schedule = optax.adam(0.05), prune.Cubic(0.75, end=6, every=2)
 
-    @jax.jit
+    @Counted
     def step(params, state, i):
         masks = prune.magnitude(params, "w", schedule(i))
         updates, state = prune.masked(inner, masks).update(jax.grad(loss)(params), state, params)
@@ -86,7 +87,7 @@ def test_masks_of_a_schedule_grow_in_one_compiled_step():
         assert zero.sum() == round(schedule(i) * 24)
         assert not np.asarray(state[0].mu["w"])[zero].any()
         assert not np.asarray(state[0].nu["w"])[zero].any()
-    assert step._cache_size() == 1
+    assert step.traces == 1
 
 
 def test_leaves_that_train_their_scales_stay_pruned_too():

@@ -13,6 +13,7 @@ from quantjax import prune, qat
 from quantjax.qat import quantize_state
 from quantjax.qat.dynamic_map import dynamic_map, linear_map
 from quantjax.qat.moment import Moment, by_axes
+from tests.counted import Counted
 from tests.daily import daily
 
 PARAMS = {"kernel": jnp.ones((9, 16)), "bias": jnp.ones(3)}  # 144 numbers: the last block is short
@@ -189,10 +190,10 @@ def test_with_other_transformations(name):
     g = {"kernel": normal(9, 16), "bias": normal(3)}
 
     def run(optimizer):
-        update, state = jax.jit(optimizer.update), optimizer.init(PARAMS)
+        update, state = Counted(optimizer.update), optimizer.init(PARAMS)
         for _ in range(2):
             updates, state = update(g, state, PARAMS)
-        assert update._cache_size() == 1
+        assert update.traces == 1
         return updates, state
 
     (expected, whole), (same, _), (got, state) = run(plain), run(off), run(on)
