@@ -24,7 +24,7 @@ from experiments.models import ArticleCNN
 from experiments.models import initialize as variables_of
 from experiments.qat_transformer import DECODER
 from experiments.report import environment, print_table, write_json
-from experiments.tables import training_markdown
+from experiments.tables import ratios_markdown
 from experiments.timing import interleaved, speedup
 from quantjax import qat
 from quantjax.policy import preset_spec
@@ -152,7 +152,7 @@ def main(config: Config) -> None:
     rows = [row for n, network in networks().items() for row in measured(n, network, config.rounds)]
     payload = {"question": (__doc__ or "").splitlines()[0], **environment(), "rows": rows}
     write_json(home / "results" / "bench_training.json", payload)
-    print_table("steps of training", *training_markdown(payload))
+    print_table("steps of training", *ratios_markdown(payload))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from experiments.tables import (
     bench_markdown,
     inference_markdown,
     normal_markdown,
-    training_markdown,
+    ratios_markdown,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -33,7 +33,8 @@ TABLES = {
     "activations": activations_markdown,
     "bench_quantize": bench_markdown,
     "bench_inference": inference_markdown,
-    "bench_training": training_markdown,
+    "bench_training": ratios_markdown,
+    "bench_sensitivity": ratios_markdown,
     "normal_error": normal_markdown,
 }
 _resnet = partial(partial, method_tables.lost)

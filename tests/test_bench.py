@@ -9,7 +9,7 @@ import pytest
 
 from experiments import bench_candidates, bench_inference, bench_models, bench_training, timing
 from experiments.bench_models import Case
-from experiments.tables import inference_markdown, training_markdown
+from experiments.tables import inference_markdown, ratios_markdown
 
 LIMITS = {"read_bytes_per_s": 1e10, "float32_ops_per_s": 1e11, "int8_ops_per_s": 4e11}
 
@@ -131,7 +131,7 @@ def test_every_kind_of_step_is_timed_beside_the_float_step_and_trains(monkeypatc
     rows = bench_training.measured("tiny", network, 1)
     assert [row["how"] for row in rows] == list(bench_training.HOWS)
     assert rows[0]["times_as_long"] == 1 and all(row["times_as_long"] > 0 for row in rows)
-    columns, (line,) = training_markdown({"rows": rows})
+    columns, (line,) = ratios_markdown({"rows": rows})
     assert columns[2:] == tuple(bench_training.HOWS)[1:] and line[0] == "tiny"
     step = bench_training.stepper(network, bench_training.HOWS["w4a4, lsq"])
     losses = [float(step()) for _ in range(30)]
