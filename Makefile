@@ -125,7 +125,7 @@ notebooks: $(VENV)/.installed ## compare each notebook with its text twin, then 
 	    echo "$$nb and $$twin differ: run $(PY) -m jupytext --sync $$nb" >&2; exit 1; \
 	  fi; \
 	done
-	$(if $(wildcard notebooks/*.ipynb),$(PY) $(PYTEST) --nbmake $(wildcard notebooks/*.ipynb))
+	$(if $(wildcard notebooks/*.ipynb),$(PY) $(PYTEST) --nbmake --nbmake-timeout=1800 $(wildcard notebooks/*.ipynb))
 
 # Outputs and metadata may differ between a notebook and its twin; the cells may not.
 as_text = $(PY) -m jupytext --quiet --to py:percent --opt notebook_metadata_filter=-all \
