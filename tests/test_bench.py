@@ -7,7 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import bench_candidates, bench_inference, bench_models, bench_training, timing
+from experiments import (
+    bench_candidates,
+    bench_inference,
+    bench_models,
+    bench_sensitivity,
+    bench_training,
+    timing,
+)
 from experiments.bench_models import Case
 from experiments.tables import inference_markdown, ratios_markdown
 
@@ -136,3 +143,12 @@ def test_every_kind_of_step_is_timed_beside_the_float_step_and_trains(monkeypatc
     step = bench_training.stepper(network, bench_training.HOWS["w4a4, lsq"])
     losses = [float(step()) for _ in range(30)]
     assert losses[-1] < 0.9 * losses[0]
+
+
+def test_a_report_is_timed_beside_a_calibration():
+    case = tiny()
+    small = bench_sensitivity.Case(case.apply, case.params, [case.args[0]] * 2, "kernel")
+    rows = bench_sensitivity.measured("tiny", small, 1)
+    assert [row["how"] for row in rows] == ["calibrate", "sensitivity"]
+    assert rows[0]["times_as_long"] == 1 and rows[1]["times_as_long"] > 0
+    assert ratios_markdown({"rows": rows})[0] == ("network", "calibrate", "sensitivity")
