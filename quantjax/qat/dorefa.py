@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from quantjax.affine import Scales, scale_values
+from quantjax.affine import Scales
 from quantjax.blocks import block_mean, counts, split, spread
 from quantjax.formats import IntFormat
 from quantjax.qat.estimator import (
@@ -19,10 +19,10 @@ from quantjax.qat.estimator import (
     Learned,
     asks_for,
     rounded_activation,
-    signed,
+    straight,
     through,
 )
-from quantjax.scales import inverse
+from quantjax.scales import TINY, inverse
 from quantjax.spec import QuantSpec
 
 
@@ -45,8 +45,8 @@ class DoReFaWeights:
             return w, Scales(2 * block_mean(jnp.abs(w), spec.block_shape))
         v = jnp.tanh(w)
         parts = split(jnp.abs(v), spec.block_shape)
-        # A block of zeros stays one.
-        largest = jnp.maximum(parts.values.max(parts.axes), np.float32(1e-30))
+        largest = parts.values.max(parts.axes)
+        largest = jnp.where(largest < TINY, 1, largest)  # a block of zeros stays one, and can grow
         v = v * spread(inverse(largest), w.shape, spec.block_shape)
         assert isinstance(spec.format, IntFormat)
         step = np.float32(1.0 / spec.format.max_level)
@@ -58,9 +58,7 @@ class DoReFaWeights:
         """D(Q(v)); of one bit the gradient goes to w as it is (eq. 8)."""
         v, scales = self.settled(w, learned, spec)
         if spec.format.bits == 1:
-            alpha = jax.lax.stop_gradient(scale_values(scales.scale)) / 2
-            whole = jax.lax.stop_gradient(spread(inverse(alpha), w.shape, spec.block_shape))
-            return signed(v, alpha, jnp.broadcast_to(whole, w.shape), w, spec)
+            return straight(w, v, scales, spec)
         return through(w, v, scales, spec)
 
 
@@ -89,7 +87,8 @@ class DoReFaActivations:
         key: jax.Array | None,
     ) -> Float[Array, "*x"]:
         """D(Q(x)), straight-through on [0, 1], and nothing beyond."""
-        clipped = jnp.clip(x, 0, 1)  # what the product sees of x beyond 1 is 1 in both
+        # What the product sees of x beyond 1 is 1 in both; `clip` would halve the slope at zeros.
+        clipped = jnp.where(x < 0, 0, jnp.where(x > 1, 1, x))
         return rounded_activation(clipped, self.settled(learned, act), act, summed)
 
 

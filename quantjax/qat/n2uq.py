@@ -97,7 +97,8 @@ class N2UQActivations:
         u = x.astype(jnp.float32) * kept_above(learned["input"])
         soft = jnp.zeros(u.shape, jnp.float32)
         for a, d in zip(*_cells(learned), strict=True):
-            soft += jnp.clip((u - d) / a, 0, 1)  # from 0 before the cell to 1 after it
+            t = (u - d) / a
+            soft += jnp.where(t <= 0, 0, jnp.where(t >= 1, 1, t))  # `clip` has a slope at its edges
         y = instead(code, soft) * scale
         return jnp.where(jnp.isfinite(x), y.astype(x.dtype), x)
 

@@ -313,3 +313,30 @@ def test_what_is_below_zero_of_an_activation_too(name):
     (down, y), (up, _) = (jax.grad(total, has_aux=True)(below, sign) for sign in (1.0, -1.0))
     assert np.isfinite(y).all()
     only_grows({k: (down[k], up[k]) for k in keys})
+
+
+@pytest.mark.parametrize("weights", ["w1", "w2", "w8"])
+def test_a_block_of_zeros_has_the_gradient_of_the_others(weights):
+    """A channel that starts at zero, or was pruned, must neither be NaN nor stay there."""
+    w = W.at[:, 1].set(0)
+    leaf = qat.prepare({"kernel": w}, weights, estimator=qat.dorefa())["kernel"]
+    got = gradient(leaf, G).value
+    np.testing.assert_array_equal(got[:, 1], G[:, 1])
+    assert np.isfinite(got).all() and np.any(got[:, 0] != 0)
+
+
+def test_the_gradient_of_a_bound_is_summed_in_float32():
+    x, bound = jnp.full(10_000, 3, jnp.bfloat16), {"bound": jnp.float32(2)}
+    total = lambda p: jnp.sum(qat.pact().activations(x, p, static(3), [0], None), dtype=jnp.float32)  # noqa: E731
+    assert jax.grad(total)(bound)["bound"] == 10_000
+
+
+def test_zeros_of_a_rectifier_are_no_ties():
+    """Half a gradient at the edge of a cell is none of the papers'."""
+    x = jnp.zeros(32)
+    y = lambda x, p: jnp.sum(qat.n2uq().activations(x, p, static(2), [0], None))  # noqa: E731
+    cells = {k: jnp.float32(v) for k, v in CELLS.items()} | {"start": jnp.float32(0)}
+    assert jax.grad(y, 1)(x, cells)["start"] == 0
+    for estimator, learned in ((qat.dorefa(), {}), (qat.pact(), {"bound": jnp.float32(2)})):
+        y = lambda x, e=estimator, p=learned: jnp.sum(e.activations(x, p, static(3), [0], None))  # noqa: E731
+        np.testing.assert_array_equal(jax.grad(y)(x), 1)
