@@ -5,6 +5,7 @@ Networks", ICLR 2020, arXiv:1909.13144, sections 2.2 to 2.4."""
 
 import dataclasses
 from collections.abc import Sequence
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,14 @@ from quantjax.affine import Scales, fake_quantize_array
 from quantjax.blocks import counts, spread
 from quantjax.formats import Codebook, Format
 from quantjax.ops.activation import activation_block
-from quantjax.qat.estimator import Estimator, Learned, instead, kept_above, standardized
+from quantjax.qat.estimator import (
+    Estimator,
+    Learned,
+    instead,
+    kept_above,
+    several,
+    standardized,
+)
 from quantjax.scales import inverse
 from quantjax.spec import QuantSpec
 
@@ -28,9 +36,12 @@ WEIGHTS, ACTIVATIONS = 3.0, 8.0  # alpha at first, of weights in deviations
 class APoTWeights:
     """See `apot`."""
 
+    rounds_the_weight: ClassVar[bool] = False
+
     def start(self, w: Float[Array, "*n"], scales: Scales, spec: QuantSpec) -> Learned:
-        """alpha = 3 deviations. Raises ValueError for other levels."""
+        """alpha = 3 deviations. Raises ValueError for other levels, and blocks of one weight."""
         _asks_for(spec.format, signed=True)
+        several("apot", w.shape, spec)
         return {"alpha": jnp.full(counts(w.shape, spec.block_shape), np.float32(WEIGHTS))}
 
     def settled(

@@ -4,7 +4,7 @@ Courbariaux et al., "BinaryConnect", NeurIPS 2015, arXiv:1511.00363, section 2.2
 et al., "XNOR-Net", ECCV 2016, arXiv:1603.05279, equations 6 and 12."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from quantjax.affine import Scales, scale_values
-from quantjax.blocks import block_mean, counts
+from quantjax.blocks import block_mean, counts, spread
 from quantjax.fake_quantized import FakeQuantized, is_quantized
 from quantjax.qat.estimator import Estimator, Learned, asks_for, signed, straight
 from quantjax.scales import TINY
@@ -22,6 +22,8 @@ from quantjax.spec import QuantSpec
 @dataclasses.dataclass(frozen=True)
 class BinaryConnectWeights:
     """See `binary_connect`."""
+
+    rounds_the_weight: ClassVar[bool] = True
 
     def start(self, w: Float[Array, "*n"], scales: Scales, spec: QuantSpec) -> Learned:
         """Nothing is learned. Raises ValueError for grids of other than one bit."""
@@ -47,6 +49,8 @@ class BinaryConnectWeights:
 class XNORWeights:
     """See `xnor`."""
 
+    rounds_the_weight: ClassVar[bool] = True
+
     def start(self, w: Float[Array, "*n"], scales: Scales, spec: QuantSpec) -> Learned:
         """Nothing is learned. Raises ValueError for grids of other than one bit."""
         asks_for("xnor", spec.format, bits=1, signed=True)
@@ -57,15 +61,20 @@ class XNORWeights:
     ) -> tuple[Float[Array, "*n"], Scales]:
         """w, by the scale that makes its levels -E|w| and E|w|."""
         w = w.astype(jnp.float32)
-        return w, Scales(2 * jnp.maximum(block_mean(jnp.abs(w), spec.block_shape), TINY))
+        size = jnp.where(w < 0, -w, w)  # whose slope at 0 is 1, as sign(0) is: `abs` has none there
+        mean = block_mean(size, spec.block_shape)
+        # Zeros are stored by the least scale there is, and move as if it were theirs.
+        least = jax.lax.stop_gradient(jnp.maximum(mean, TINY) - mean)
+        return w, Scales(2 * (mean + least))
 
     def __call__(
         self, w: Float[Array, "*n"], learned: Learned, spec: QuantSpec
     ) -> Float[Array, "*n"]:
         """E|w| sign(w), with the gradient of both factors."""
         v, scales = self.settled(w, learned, spec)
-        inside = (jnp.abs(v) <= 1).astype(jnp.float32)
-        return signed(v, scale_values(scales.scale) / 2, jax.lax.stop_gradient(inside), w, spec)
+        alpha = scale_values(scales.scale) / 2
+        slope = jnp.where(jnp.abs(v) <= 1, spread(alpha, w.shape, spec.block_shape), 0)
+        return signed(v, alpha, jax.lax.stop_gradient(slope), w, spec)
 
 
 def binary_connect() -> Estimator:

@@ -5,6 +5,7 @@ Gradients", 2016, arXiv:1606.06160, equations 5 to 10; its gradients are `Backwa
 
 import dataclasses
 from collections.abc import Sequence
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,8 @@ from quantjax.spec import QuantSpec
 class DoReFaWeights:
     """See `dorefa`."""
 
+    rounds_the_weight: ClassVar[bool] = False
+
     def start(self, w: Float[Array, "*n"], scales: Scales, spec: QuantSpec) -> Learned:
         """Nothing is learned. Raises ValueError for grids that are not of signed integers."""
         asks_for("dorefa", spec.format, signed=True)
@@ -42,7 +45,7 @@ class DoReFaWeights:
         level; of one bit w itself, by its mean magnitude."""
         w = w.astype(jnp.float32)
         if spec.format.bits == 1:
-            return w, Scales(2 * block_mean(jnp.abs(w), spec.block_shape))
+            return w, Scales(2 * jnp.maximum(block_mean(jnp.abs(w), spec.block_shape), TINY))
         v = jnp.tanh(w)
         parts = split(jnp.abs(v), spec.block_shape)
         largest = parts.values.max(parts.axes)

@@ -5,28 +5,36 @@ of this folder. What it learns are arrays on the `FakeQuantized` leaf, trained w
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float
 
 from quantjax.affine import Scales, fake_quantize_array, fake_quantize_learned
-from quantjax.blocks import Block, block_mean, block_sum, spread
+from quantjax.blocks import Block, block_mean, block_sum, sizes, spread
 from quantjax.formats import Format, IntFormat
 from quantjax.ops.activation import activation_block
 from quantjax.scales import TINY, inverse
 from quantjax.spec import QuantSpec
 
 Learned = Mapping[str, jax.Array]
+FLAT = 1e-6  # of the root mean square: a smaller deviation is what rounding leaves of none
 
 
 @runtime_checkable
 class WeightEstimator(Protocol):
     """A frozen, hashable value: how a weight is rounded. A spec has an explicit block; leading axes
-    of w beyond the block are layers, and every learned array has those first."""
+    of w beyond the block are layers, and every learned array has those first. Its scales are floats
+    of a symmetric grid.
+
+    rounds_the_weight: whether w itself is what is rounded, and not something made of it."""
+
+    rounds_the_weight: ClassVar[bool]
 
     def start(self, w: Float[Array, "*n"], scales: Scales, spec: QuantSpec) -> Learned:
         """What is learned, before the first step. scales: those that the observer of the spec, or a
@@ -50,13 +58,13 @@ class ActivationEstimator(Protocol):
     """A frozen, hashable value: how an activation is rounded at a product."""
 
     def start(self, scales: Scales | None, act: QuantSpec) -> Learned:
-        """What is learned, before the first step: at least one number a layer, and arrays that lead
-        with the layers. scales: the static ones that `calibrate` found, one a layer, or None.
-        Raises ValueError where it needs them."""
+        """What is learned, before the first step, in arrays that lead with the layers. scales: the
+        static ones that `calibrate` found, one a layer; or None, where what all layers begin with
+        is returned. Raises ValueError where it needs them."""
 
     def settled(self, learned: Learned, act: QuantSpec) -> Scales | None:
-        """The static scales that `finalize` stores, and thresholds where levels do not say where
-        cells end; None where they are found in each call."""
+        """The static scales that `finalize` stores, one a layer or one for all, with thresholds
+        where levels do not say where cells end; None where they are found in each call."""
 
     def __call__(
         self,
@@ -109,20 +117,19 @@ def signed(
 ) -> Float[Array, "*n"]:
     """alpha sign(v) as it is stored on the grid of one bit, sign(0) = 1, in the dtype of `like`.
 
-    Gradient, with g = dL/dy: sum g sign(v) over a block to alpha, g alpha slope to v."""
+    Gradient, with g = dL/dy: sum g sign(v) over a block to alpha, g slope to v."""
     return fake_quantize_array(v, Scales(alpha * 2), spec=spec).astype(like.dtype)
 
 
 def _signed_forward(v, alpha, slope, like, spec):
-    return signed(v, alpha, slope, like, spec), (v, alpha, slope, like)
+    return signed(v, alpha, slope, like, spec), (v, slope, like)
 
 
 def _signed_backward(spec, residuals, gradient):
-    v, alpha, slope, like = residuals
+    v, slope, like = residuals
     g = gradient.astype(jnp.float32)
-    by_alpha = block_sum(g * jnp.where(v < 0, -1, 1), spec.block_shape).reshape(alpha.shape)
-    by_v = g * spread(alpha, v.shape, spec.block_shape) * slope
-    return by_v.astype(v.dtype), by_alpha, jnp.zeros_like(slope), jnp.zeros_like(like)
+    by_alpha = block_sum(g * jnp.where(v < 0, -1, 1), spec.block_shape)
+    return (g * slope).astype(v.dtype), by_alpha, jnp.zeros_like(slope), jnp.zeros_like(like)
 
 
 signed.defvjp(_signed_forward, _signed_backward)
@@ -180,12 +187,26 @@ kept_above.defvjp(_kept_forward, _kept_backward)
 def standardized(
     w: Float[Array, "*n"], block: Block
 ) -> tuple[Float[Array, "*n"], Float[Array, "*#n"]]:
-    """(w - E w) / sd w over every block, and 1 / sd w; float32, the same bits in every program."""
+    """(w - E w) / sd w over every block, and 1 / sd w; float32, the same bits in every program.
+    Where all weights of a block are one number, up to float32, its deviation counts as 1, and what
+    rounding left of w - E w as 0."""
     w = w.astype(jnp.float32)
     centred = w - spread(block_mean(w, block), w.shape, block)
-    deviation = jnp.sqrt(jnp.maximum(block_mean(centred**2, block), TINY))
+    variance = block_mean(centred**2, block)
+    flat = variance <= np.float32(FLAT**2) * block_mean(w**2, block)
+    deviation = jnp.sqrt(jnp.where(flat, 1, variance))
     share = spread(inverse(deviation), w.shape, block)
-    return centred * share, share
+    noise = lax.stop_gradient(centred * spread(flat.astype(jnp.float32), w.shape, block))
+    return (centred - noise) * share, share
+
+
+def several(what: str, shape: tuple[int, ...], spec: QuantSpec) -> None:
+    """Raises ValueError where a block that shares a scale holds a single weight."""
+    if math.prod(sizes(shape, spec.block_shape)) == 1:
+        raise ValueError(
+            f"{what} divides a weight by the deviation of its block, and a block of {shape} is "
+            f"one weight: give the spec a larger block, such as Granularity.TENSOR."
+        )
 
 
 def asks_for(what: str, format: Format, *, bits: int | None = None, **facts: Any) -> None:

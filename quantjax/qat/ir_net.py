@@ -5,6 +5,7 @@ Qin et al., "Forward and Backward Information Retention for Accurate Binary Neur
 2020, arXiv:1909.10788, equations 5 to 9."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,8 +13,8 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from quantjax.affine import Scales, scale_values
-from quantjax.blocks import block_mean
-from quantjax.qat.estimator import Estimator, Learned, asks_for, signed, standardized
+from quantjax.blocks import block_mean, spread
+from quantjax.qat.estimator import Estimator, Learned, asks_for, several, signed, standardized
 from quantjax.scales import TINY
 from quantjax.spec import QuantSpec
 
@@ -24,9 +25,13 @@ LOW, HIGH = 0.1, 10.0  # of the temperature t
 class IRNetWeights:
     """See `ir_net`."""
 
+    rounds_the_weight: ClassVar[bool] = False
+
     def start(self, w: Float[Array, "*n"], scales: Scales, spec: QuantSpec) -> Learned:
-        """Nothing is learned. Raises ValueError for grids of other than one bit."""
+        """Nothing is learned. Raises ValueError for grids of other than one bit, and blocks of one
+        weight."""
         asks_for("ir_net", spec.format, bits=1, signed=True)
+        several("ir_net", w.shape, spec)
         return {}
 
     def settled(
@@ -45,8 +50,11 @@ class IRNetWeights:
         progress = learned.get("progress", jnp.float32(0))
         progress = progress.reshape(progress.shape + (1,) * (w.ndim - progress.ndim))
         t = LOW * jnp.exp(progress * np.float32(np.log(HIGH / LOW)))
-        slope = jnp.maximum(1 / t, 1) * t * (1 - jnp.tanh(t * v) ** 2)
-        return signed(v, scale_values(scales.scale) / 2, lax.stop_gradient(slope), w, spec)
+        alpha = scale_values(scales.scale) / 2
+        # A block of equal weights is stored as zeros, and leaves them by the slope of any other.
+        size = spread(jnp.where(alpha <= 2 * TINY, 1, alpha), w.shape, spec.block_shape)
+        slope = size * jnp.maximum(1 / t, 1) * t * (1 - jnp.tanh(t * v) ** 2)
+        return signed(v, alpha, lax.stop_gradient(slope), w, spec)
 
 
 def _power_of_two(x: Float[Array, "*b"]) -> Float[Array, "*b"]:

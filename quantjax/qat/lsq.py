@@ -7,13 +7,14 @@ initialization", 2020, arXiv:2004.09576."""
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from quantjax.affine import Scales
-from quantjax.blocks import sizes
+from quantjax.blocks import sizes, split
 from quantjax.formats import Format, IntFormat
 from quantjax.qat.estimator import (
     Estimator,
@@ -35,11 +36,16 @@ def _factor(count: int, format: Format) -> float:
 class LSQWeights:
     """One step for each block that shares a scale; see `lsq`."""
 
+    rounds_the_weight: ClassVar[bool] = True
+
     def start(self, w: Float[Array, "*n"], scales: Scales, spec: QuantSpec) -> Learned:
-        """The scales of the observer. Raises ValueError for zero points and quantized scales."""
-        if scales.zero_point is not None or not isinstance(scales.scale, jax.Array):
-            raise ValueError(f"lsq learns the float scales of a symmetric grid, not of {spec!r}.")
-        return {"scale": scales.scale}
+        """The scales of the observer; of a block of zeros the least there is, which any weight that
+        leaves zero raises. Raises ValueError for a codebook without scales."""
+        if not isinstance(scales.scale, jax.Array):
+            raise ValueError(f"lsq learns the float scales of a grid, not of {spec.format}.")
+        parts = split(jnp.abs(w.astype(jnp.float32)), spec.block_shape)
+        largest = parts.values.max(parts.axes).reshape(scales.scale.shape)
+        return {"scale": jnp.where(largest < TINY, TINY, scales.scale)}
 
     def settled(
         self, w: Float[Array, "*n"], learned: Learned, spec: QuantSpec
@@ -82,15 +88,17 @@ class LSQActivations:
     def settled(self, learned: Learned, act: QuantSpec) -> Scales:
         """The learned step, and the code of zero next to -beta / s."""
         scale = jnp.maximum(learned["scale"], TINY)
-        return Scales(scale, self._zero(scale, learned))
+        return Scales(scale, self._zero(scale, learned, act.format))
 
-    def _zero(self, scale: jax.Array, learned: Learned) -> jax.Array | None:
-        """round(-beta / s), straight-through: an activation has integer zero points, as zero is
-        then a code, which padding and rectifiers ask for."""
+    def _zero(self, scale: jax.Array, learned: Learned, format: Format) -> jax.Array | None:
+        """round(-beta / s), straight-through and a code: zero is then one of the levels, which
+        padding and rectifiers ask for."""
         if not self.offset:
             return None
+        assert isinstance(format, IntFormat)
         zero = -learned["offset"] * inverse(scale)
-        return zero + jax.lax.stop_gradient(jnp.round(zero) - zero)
+        code = jnp.clip(jnp.round(zero), format.qmin, format.qmax)
+        return zero + jax.lax.stop_gradient(code - zero)
 
     def __call__(
         self,
@@ -103,7 +111,7 @@ class LSQActivations:
         """D(Q(x)); N counts the features of one example, the first axis being that of examples."""
         features = math.prod(x.shape[1:]) if x.ndim > 1 else x.size
         scale = kept_above(learned["scale"], factor=_factor(features, act.format))
-        zero = self._zero(scale, learned)
+        zero = self._zero(scale, learned, act.format)
         return rounded_activation(x, Scales(scale, zero), act, summed, to_levels=True)
 
 

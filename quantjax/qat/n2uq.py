@@ -6,6 +6,7 @@ authors' code."""
 
 import dataclasses
 from collections.abc import Sequence
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,8 @@ NARROWEST = 1e-3  # cell
 class N2UQWeights:
     """See `n2uq`."""
 
+    rounds_the_weight: ClassVar[bool] = True
+
     def start(self, w: Float[Array, "*n"], scales: Scales, spec: QuantSpec) -> Learned:
         """Nothing is learned. Raises ValueError for levels that are not half-integers."""
         asks_for("n2uq", spec.format, signed=True, levels=Levels.HALF)
@@ -47,8 +50,11 @@ class N2UQWeights:
     ) -> Float[Array, "*n"]:
         """D(Q(w)); the gradient goes to w / gamma as it is, clipped or not."""
         v, scales = self.settled(w, learned, spec)
-        gamma = scale_values(scales.scale) * np.float32(2 ** (spec.format.bits - 1) - 0.5)
-        soft = w.astype(jnp.float32) * spread(inverse(gamma), w.shape, spec.block_shape)
+        step = scale_values(scales.scale)
+        gamma = step * np.float32(2 ** (spec.format.bits - 1) - 0.5)
+        # A block of zeros has the gradient of any other, not one over nothing.
+        slope = jnp.where(step <= TINY, 1, inverse(gamma))
+        soft = w.astype(jnp.float32) * spread(slope, w.shape, spec.block_shape)
         return instead(
             fake_quantize_array(v, scales, spec=spec).astype(w.dtype), soft.astype(w.dtype)
         )

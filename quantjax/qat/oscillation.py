@@ -184,16 +184,15 @@ def _observed(old: Oscillation, code: jax.Array, momentum: float, limit: Any) ->
 
 def _grid(name: str, x: FakeQuantized) -> tuple[IntFormat, Scales]:
     """Format and scales of a leaf whose weights are rounded as they are; else ValueError."""
-    value, scales = rounded_value(x)
+    estimator = None if x.estimator is None else x.estimator.weights
     if not isinstance(x.format, IntFormat):
         raise ValueError(f"{name}: oscillations are those of integer codes, not of {x.format}.")
-    if value is not x.value:
-        estimator = x.estimator and x.estimator.weights
+    if estimator is not None and not estimator.rounds_the_weight:
         raise ValueError(
             f"{name}: {type(estimator).__name__} rounds something made of the weight, and not the "
             f"weight itself, which oscillations are damped for."
         )
-    return x.format, jax.lax.stop_gradient(scales)
+    return x.format, jax.lax.stop_gradient(rounded_value(x)[1])
 
 
 def _codes(x: FakeQuantized, format: IntFormat, scales: Scales) -> jax.Array:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from quantjax import affine
-from quantjax.affine import Scales
+from quantjax.affine import Scales, scale_values
 from quantjax.fake_quantized import FakeQuantized, is_quantized, rounded_value
 from quantjax.formats import IntFormat
 from quantjax.ops import Backward
@@ -109,6 +109,11 @@ def _with_estimator(name: str, x: FakeQuantized, estimator: Estimator | None) ->
         if weights is not None:
             if x.uniform is not None:
                 raise ValueError("an estimator rounds by itself; stochastic rounding is not for it")
+            if x.spec.scale_format is not None or not x.spec.symmetric:
+                raise ValueError(
+                    f"{type(weights).__name__} has float scales of a symmetric grid: expected "
+                    f"scale_format=None and symmetric=True, got {x.spec!r}."
+                )
             scales = Scales(x.scale, x.zero_point, x.codebook)
             learned = dict(weights.start(x.value, scales, x.spec))
             x = dataclasses.replace(x, scale=None, zero_point=None, codebook=None, learned=learned)
@@ -118,6 +123,8 @@ def _with_estimator(name: str, x: FakeQuantized, estimator: Estimator | None) ->
             if x.act_scale is not None:
                 given = Scales(x.act_scale, x.act_zero_point)
             learned = dict(activations.start(given, act))
+            if given is None:  # every layer of a stack begins alike, and learns its own
+                learned = {k: jnp.broadcast_to(a, _layers(x) + a.shape) for k, a in learned.items()}
             x = dataclasses.replace(x, act_scale=None, act_zero_point=None, act_learned=learned)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
@@ -145,10 +152,15 @@ def _for_products(
         if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
             key = jax.random.wrap_key_data(key)
         own = jax.random.fold_in(jax.random.fold_in(key, zlib.crc32(name.encode())), 1)
-        layers = x.shape[: x.ndim - len(x.spec.block_shape)]
+        layers = _layers(x)
         own = jax.random.split(own, layers) if layers else own
     zero = _as_float(x.act_zero_point)
     return dataclasses.replace(x, act_zero_point=zero, backward=backward, key=own)
+
+
+def _layers(x: FakeQuantized) -> tuple[int, ...]:
+    """The leading axes, of a stack of layers."""
+    return x.shape[: x.ndim - len(x.spec.block_shape)]
 
 
 def _as_float(zero_point: jax.Array | None) -> jax.Array | None:
@@ -171,6 +183,8 @@ def _quantized(x: FakeQuantized) -> Any:
     own = None if x.estimator is None else x.estimator.activations
     if own is not None and x.spec.act is not None:
         act = own.settled(x.act_learned or {}, x.spec.act) or Scales(None)
+        if act.scale is not None:
+            act = act._replace(scale=jnp.broadcast_to(scale_values(act.scale), _layers(x)))
     zero = _as_code(act.zero_point, x.spec.act)
     return dataclasses.replace(
         q,

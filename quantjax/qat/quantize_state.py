@@ -18,7 +18,7 @@ from quantjax.qat.optional import need_optax
 
 # What optax calls the sums and means of squares, and of magnitudes, in the states it has.
 NONNEGATIVE = frozenset(
-    {"nu", "nu_max", "sum_of_squares", "grad_sum_of_squares", "e_g", "e_x", "v_row", "v_col"}
+    {"nu", "nu_max", "n", "sum_of_squares", "grad_sum_of_squares", "e_g", "e_x", "v_row", "v_col"}
 )
 BLOCKS = {8: 256, 4: 128}
 
@@ -57,7 +57,10 @@ def quantize_state(
 
     nonnegative: whether an array of the state is, by its path, such as '0/nu'; by default those
     that optax calls nu, sum_of_squares and the like are, and the others have signed levels, which
-    serve any. A negative value among the first would become the least level. min_size: smaller
+    serve any. A negative value among the first would become the least level. At 8 bits a mean of
+    squares below 1.6e-7 of the largest in its block is zero, as in the authors' code, and the next
+    step of its weight is the mean gradient over `eps`: clip gradients where they are that uneven.
+    min_size: smaller
     arrays stay float, as biases and normalization parameters need it. key: rounds stochastically,
     which at 4 bits keeps a mean moving whose change is less than half a level; the noise of step t
     is that of `fold_in(key, t)`, so the state holds numbers alone and a run resumes to the same
@@ -99,7 +102,6 @@ def quantize_state(
             f"optax.MultiSteps, quantize the state of the optimizer in it."
         )
     inner = optax.with_extra_args_support(optimizer)
-    is_nonnegative = _by_name if nonnegative is None else nonnegative
 
     def keep(x: Any, never_negative: bool) -> Any:
         shaped = hasattr(x, "shape") and hasattr(x, "dtype")
@@ -118,6 +120,7 @@ def quantize_state(
         _refuse(state, optax)
         step = None if key is None else jnp.zeros((), jnp.int32)
         copies = optax.tree_map_params(inner, _Copy, state, is_leaf=lambda _: True)
+        is_nonnegative = nonnegative or _by_name(copies)
 
         def keep_copy(path: Any, copy: Any) -> Any:
             if not isinstance(copy, _Copy):
@@ -162,8 +165,17 @@ class _Copy:
         self.tree = tree
 
 
-def _by_name(path: str) -> bool:
-    return path.rsplit("/", 1)[-1] in NONNEGATIVE
+def _by_name(copies: Any) -> Callable[[str], bool]:
+    """By what optax calls an array; `v` are squares in Adafactor's state, where `v_row` is beside
+    it, and differences of gradients in Adan's."""
+    named = jax.tree_util.tree_leaves_with_path(copies, is_leaf=lambda x: isinstance(x, _Copy))
+    paths = {path_name(path) for path, _ in named}
+
+    def holds(path: str) -> bool:
+        state, _, name = path.rpartition("/")
+        return name in NONNEGATIVE or (name == "v" and f"{state}/v_row".lstrip("/") in paths)
+
+    return holds
 
 
 def _refuse_fixed(params: Any) -> None:

@@ -5,6 +5,7 @@ Li et al., "Ternary Weight Networks", 2016, arXiv:1605.04711, equations 5 and 6 
 equations 1 to 3 (`bitnet`)."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,8 @@ from quantjax.spec import QuantSpec
 @dataclasses.dataclass(frozen=True)
 class TWNWeights:
     """See `twn`."""
+
+    rounds_the_weight: ClassVar[bool] = False
 
     def start(self, w: Float[Array, "*n"], scales: Scales, spec: QuantSpec) -> Learned:
         """Nothing is learned. Raises ValueError for grids other than the ternary one."""
@@ -49,6 +52,8 @@ class TWNWeights:
 @dataclasses.dataclass(frozen=True)
 class BitNetWeights:
     """See `bitnet`."""
+
+    rounds_the_weight: ClassVar[bool] = True
 
     def start(self, w: Float[Array, "*n"], scales: Scales, spec: QuantSpec) -> Learned:
         """Nothing is learned. Raises ValueError for grids other than the ternary one."""

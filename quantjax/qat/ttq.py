@@ -3,6 +3,7 @@
 Zhu et al., "Trained Ternary Quantization", ICLR 2017, arXiv:1612.01064, equations 6 to 8."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,8 @@ SHARE = 0.05  # of the largest weight: below that it is zero
 @dataclasses.dataclass(frozen=True)
 class TTQWeights:
     """See `ttq`."""
+
+    rounds_the_weight: ClassVar[bool] = False
 
     def start(self, w: Float[Array, "*n"], scales: Scales, spec: QuantSpec) -> Learned:
         """The mean magnitudes of both sides. Raises ValueError for other formats, and for more than

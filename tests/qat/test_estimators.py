@@ -169,6 +169,25 @@ def test_layers_of_a_scan_learn_apart(name):
         )
 
 
+@pytest.mark.parametrize("name", ["pact", "apot", "n2uq", "dorefa"])
+def test_layers_that_nothing_calibrated_learn_apart_too(name):
+    case = CASES[name]
+    stacked = {"kernel": jnp.stack([PARAMS["a"]["kernel"][:, :6] * s for s in (1.0, 3.0)])}
+
+    def scanned(p, x):
+        return jax.lax.scan(lambda h, k: (jax.nn.relu(h @ k), None), x, p["kernel"])[0]
+
+    spec = dataclasses.replace(spec_of(case.weights[0]), act=case.act)
+    found = qj.sites(scanned, stacked, X)
+    tree = qat.prepare(
+        stacked, qj.Policy([("kernel", spec)]), sites=found, estimator=case.estimator
+    )
+    for a in jax.tree.leaves(tree["kernel"].act_learned):
+        assert a.shape[0] == 2
+    run = qj.intercept(scanned)
+    np.testing.assert_allclose(run(qat.finalize(tree), X), run(tree, X), rtol=1e-5, atol=1e-5)
+
+
 def test_thresholds_of_layers_are_stored_and_served(tmp_path):
     """Several numbers a layer beside its codes: in a scan, and where layers are indexed."""
     stacked = {"kernel": jnp.stack([PARAMS["a"]["kernel"][:, :6] * s for s in (1.0, 3.0)])}

@@ -161,3 +161,14 @@ def test_layers_under_given_scales_are_apart():
     np.testing.assert_allclose(qat.dampening(tree(w, 1)), damped, rtol=1e-5)
     state = qat.freeze_oscillations(optax.sgd(0.1), 0.02).init(tree(w, 1))
     assert state.leaves["kernel"].code.shape == (2, 4, 3)
+
+
+def test_every_dtype_of_a_weight_that_is_rounded_itself():
+    for estimator, weights in (
+        (qat.bitnet(), "ternary"),
+        (qat.n2uq(), "w2"),
+        (qat.xnor(), "binary"),
+    ):
+        tree = qat.prepare({"kernel": W.astype(jnp.bfloat16)}, weights, estimator=estimator)
+        qat.freeze_oscillations(optax.sgd(0.1), 0.1).init(tree)
+        assert np.isfinite(qat.dampening(tree))

@@ -52,11 +52,17 @@ def seq(w, learned, k=4):
     v = w / alpha * k / 2 - shift
     nearest = jnp.clip(jnp.round(v), -(k - 1) / 2 - shift, (k - 1) / 2 - shift)
     level = (straight(v, nearest) + shift) * 2 / k
-    # Where w is clipped the paper keeps the outermost level. The largest weight is alpha itself at
-    # first, and counts as inside.
+    # Where w is clipped the paper keeps the outermost level; the authors' code clips at 0.99 alpha.
     outermost = (k - 1) / k * jnp.sign(w)
-    inside = jnp.abs(w) <= lax.stop_gradient(alpha)
+    inside = jnp.abs(w) <= 0.99 * lax.stop_gradient(alpha)
     return jnp.where(inside, level, outermost) * alpha
+
+
+def elastic_sign(w, learned):
+    """Of 1 bit, alpha half of our step: dL/dalpha = sum g sign(w) / sqrt(n / 2) of ours."""
+    alpha = scaled(learned["scale"][0], 1 / np.sqrt(len(w) / 2)) / 2
+    inside = jnp.abs(w) <= lax.stop_gradient(alpha)
+    return alpha * jnp.sign(w) + jnp.where(inside, w - lax.stop_gradient(w), 0)
 
 
 def dorefa(w, learned, bits=2):
@@ -122,6 +128,7 @@ def n2uq(w, learned, bits=2):
 PAPERS = {
     "lsq": (qat.lsq(), "w3", lsq),
     "paretoq 2 bits": (qat.paretoq(), "w2", seq),
+    "paretoq 1 bit": (qat.paretoq(), "binary", elastic_sign),
     "paretoq ternary": (qat.paretoq(), "ternary", functools.partial(seq, k=3)),
     "dorefa": (qat.dorefa(), "w2", dorefa),
     "dorefa 1 bit": (qat.dorefa(), "w1", one_bit_dorefa),
@@ -323,6 +330,65 @@ def test_a_block_of_zeros_has_the_gradient_of_the_others(weights):
     got = gradient(leaf, G).value
     np.testing.assert_array_equal(got[:, 1], G[:, 1])
     assert np.isfinite(got).all() and np.any(got[:, 0] != 0)
+
+
+FLAT = {"apot": "apot 4 bits", "n2uq": "w2", "ir_net": "binary", "xnor": "binary", "lsq": "w2"}
+
+
+@pytest.mark.parametrize("block", [0.0, 0.3], ids=["zeros", "equal"])
+@pytest.mark.parametrize("name", FLAT)
+def test_a_block_of_equal_weights_trains_as_others_do(name, block):
+    """Nothing to divide by, so gradients explode or vanish unless an estimator sees to it. Descent
+    on |w - target|^2 brings it to where a block of random weights comes."""
+    w = W.at[:, 0].set(block)
+    leaf = qat.prepare({"kernel": w}, qj.Policy([("kernel", spec_of(FLAT[name]))]),
+                       estimator=getattr(qat, name)())["kernel"]  # fmt: skip
+    if name == "apot":
+        leaf = dataclasses.replace(leaf, learned={"alpha": leaf.learned["alpha"] * 0.4})
+    target = jnp.array([1.0, -1.0, 1.0, 1.0, -1.0])[:, None]
+
+    @jax.jit
+    def step(leaf):
+        slope = jax.grad(lambda x: jnp.mean((fake_array(x) - target) ** 2))(leaf)
+        return jax.tree.map(lambda a, g: a - 0.05 * g, leaf, slope), slope.value
+
+    for _ in range(200):
+        leaf, slope = step(leaf)
+        assert np.max(np.abs(slope)) < 20
+    flat, other = np.mean((fake(leaf) - target) ** 2, 0)
+    assert flat < 0.5 and flat < other + 0.3
+
+
+@pytest.mark.parametrize("name", ["apot", "ir_net"])
+def test_a_block_of_one_weight_is_refused(name):
+    policy = qj.Policy([("kernel", dataclasses.replace(spec_of(FLAT[name]), block=(1, 1)))])
+    with pytest.raises(ValueError, match="kernel: .* is one weight"):
+        qat.prepare({"kernel": W}, policy, estimator=getattr(qat, name)())
+
+
+def test_a_zero_point_stays_a_code():
+    """The offset may lead anywhere; what is trained with is what is stored."""
+    act = SPECS["lsq_plus"]
+    spec = dataclasses.replace(spec_of("w3"), act=act)
+    like = qj.calibrate(lambda p, x: x @ p["kernel"], {"kernel": W}, [X[:, :1] * jnp.ones(5)],
+                        qj.Policy([("kernel", spec)]))  # fmt: skip
+    leaf = qat.prepare({"kernel": W}, like=like, estimator=qat.lsq_plus())["kernel"]
+    run, x = qj.intercept(lambda p, x: x @ p["kernel"]), normal(6, 5)
+    for offset in (9.0, -9.0):
+        moved = {**leaf.act_learned, "offset": jnp.float32(offset)}
+        tree = {"kernel": dataclasses.replace(leaf, act_learned=moved)}
+        stored = qat.finalize(tree)
+        assert stored["kernel"].act_zero_point in (0, 7)
+        np.testing.assert_allclose(run(stored, x), run(tree, x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["dorefa", "paretoq", "lsq"])
+def test_scales_that_an_estimator_would_drop_are_refused(name):
+    for fields in ({"symmetric": False}, {"scale_format": formats.FloatFormat(4, 3)}):
+        spec = dataclasses.replace(spec_of("w4"), **fields)
+        with pytest.raises(ValueError, match="kernel: .*Weights has float scales of a symmetric"):
+            policy = qj.Policy([("kernel", spec)])
+            qat.prepare({"kernel": W}, policy, estimator=getattr(qat, name)())
 
 
 def test_the_gradient_of_a_bound_is_summed_in_float32():

@@ -259,6 +259,15 @@ def test_which_are_nonnegative_is_an_argument():
     assert str(named_nu.inner[0].mu["nu"].q.format) == "dynamic8"  # the parameter's name, not ours
 
 
+def test_letters_that_two_optimizers_use_are_told_apart():
+    """v holds squares in Adafactor's state, and differences of gradients in Adan's; n squares."""
+    adafactor = small(optax.adafactor(1e-3, min_dim_size_to_factor=1000)).init(PARAMS)
+    assert {str(m.q.format) for m in moments(adafactor)} == {"udynamic8"}
+    adan = small(optax.adan(1e-3)).init(PARAMS).inner[0]
+    formats = {k: {str(m.q.format) for m in moments(getattr(adan, k))} for k in "mvn"}
+    assert formats == {"m": {"dynamic8"}, "v": {"dynamic8"}, "n": {"udynamic8"}}
+
+
 @functools.cache
 def regression():
     """Noisy outputs of a network: parameters to start at, 120 batches drawn five times, a test."""
