@@ -15,6 +15,7 @@ the Hessian a batch (HAWQ-V2, Dong et al. 2019, arXiv:1911.03852)."""
 
 import dataclasses
 import enum
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -30,6 +31,9 @@ from quantjax.interpret.pieces import arguments
 from quantjax.qtensor import QTensor
 
 Loss = Callable[[Any, Any], Any]  # (outputs, batch) -> one number an example, or their mean
+Layers = tuple[tuple[str, tuple[int, ...]], ...]  # leading axes of every leaf that is quantized
+Labels = tuple[str, ...]  # of the formats
+Quantized = dict[str, dict[str, QTensor]]  # by label, by path
 SKETCH = 8192  # outputs of one batch above this are summed in so many, with signs at random
 # The sketch of n batches has the relative variance 2 / n; the diagonal's bias is about a half.
 PRIOR = 8.0
@@ -63,20 +67,36 @@ class Measured(NamedTuple):
     gradient: dict[str, np.ndarray]
 
 
+class Params(NamedTuple):
+    """leaves: what any format quantizes, by path; rest: the other arrays of the tree, in order."""
+
+    leaves: dict[str, Array]
+    rest: list[Array]
+
+
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """`apply` as a function of the leaves that are quantized, by path; `rebuild` gives the tree.
+    """`apply` as a function of arrays; hashable, so that what is compiled for it is kept.
 
-    loss: None stands for the divergence from the float model's own outputs."""
+    structure, names, fixed: of the tree of parameters, and of each of its leaves the name if any
+    format quantizes it, and itself if it is no array. loss: None stands for the divergence from the
+    float model's own outputs."""
 
     apply: Callable[..., Any]
-    rebuild: Callable[[dict[str, Any]], Any]
+    structure: Any
+    names: tuple[str | None, ...]
+    fixed: tuple[Any, ...]
     loss: Loss | None
     distribution: Distribution
 
-    def outputs(self, leaves: dict[str, Any], args: tuple[Any, ...]) -> Array:
+    def outputs(self, params: Params, args: tuple[Any, ...]) -> Array:
         """The model's outputs. Raises ValueError if they are not one array of rank 1 or more."""
-        out = self.apply(self.rebuild(leaves), *args)
+        others = iter(params.rest)
+        tree = [
+            params.leaves[name] if name is not None else next(others) if x is None else x
+            for name, x in zip(self.names, self.fixed, strict=True)
+        ]
+        out = self.apply(jax.tree.unflatten(self.structure, tree), *args)
         if not hasattr(out, "ndim") or out.ndim == 0:
             raise ValueError(
                 f"sensitivity: expected apply to return one array of outputs, such as logits, got "
@@ -91,7 +111,11 @@ class Model:
         return jnp.mean(self.loss(outputs, batch))
 
 
-Quantized = dict[str, dict[str, QTensor]]  # by label, by path
+@functools.lru_cache(maxsize=8)
+def compiled(function: Callable[..., Any], *first: Any) -> Callable[..., Any]:
+    """jit(function) with its first arguments bound, compiled once for a model that is asked again:
+    with other parameters or batches, say."""
+    return jax.jit(functools.partial(function, *first))
 
 
 def items_of(layers: dict[str, tuple[int, ...]], labels: tuple[str, ...]) -> list[Item]:
@@ -133,52 +157,56 @@ def layer_sums(x: Array, shape: tuple[int, ...]) -> Array:
 class Measure(Protocol):
     """Gathers over batches what a `Measured` is made of."""
 
-    def __init__(
-        self, model: Model, layers: dict[str, tuple[int, ...]], labels: tuple[str, ...]
-    ) -> None: ...
+    def __init__(self, model: Model, params: Params, layers: Layers, labels: Labels) -> None: ...
 
-    def add(self, leaves: Any, quantized: Quantized, batch: Any, key: Array, examples: int) -> None:
+    def add(self, quantized: Quantized, batch: Any, key: Array, examples: int) -> None:
         """One batch, of so many examples."""
 
     def result(self, sizes: dict[str, int]) -> Measured:
         """The mean over all examples; `sizes` are those of one layer of each parameter."""
 
 
+def _scores(
+    model: Model,
+    layers: Layers,
+    labels: Labels,
+    params: Params,
+    quantized: Quantized,
+    batch: Any,
+    key: Array,
+) -> tuple[Array, dict[str, Array]]:
+    """g . dw of every item and its squares by element (with the slope of a loss along dw), and the
+    squares of g."""
+    args, shapes = arguments(batch), dict(layers)
+    z, pull = jax.vjp(lambda p: model.outputs(params._replace(leaves=p), args), params.leaves)
+    signs = jax.random.rademacher(key, z.shape, jnp.float32)
+    (g,) = pull(model.distribution.spread(z, signs))
+    slope = None
+    if model.loss is not None:
+        (slope,) = pull(jax.grad(lambda out: model.objective(z, out, batch))(z))
+
+    def terms(path: str, q: QTensor) -> list[Array]:
+        change = dequantize_array(q).astype(jnp.float32) - params.leaves[path]
+        along = [] if slope is None else [change * slope[path]]
+        return [change * g[path], (change * g[path]) ** 2, *along]
+
+    stacked = by_item(shapes, labels, quantized, terms, 2 if slope is None else 3)
+    return stacked, {p: layer_sums(g[p] ** 2, s).reshape(-1) for p, s in layers}
+
+
 class Fisher:
     """Gathers scores g . dw over batches. Mutable; it lives as long as one call."""
 
-    def __init__(
-        self, model: Model, layers: dict[str, tuple[int, ...]], labels: tuple[str, ...]
-    ) -> None:
-        self._model, self._layers, self._labels = model, layers, labels
+    def __init__(self, model: Model, params: Params, layers: Layers, labels: Labels) -> None:
         self._sums: Any = None
         self._pairs: Any = 0.0
         self._batches = self._examples = 0
-        self._step = jax.jit(self._scores)
+        self._step = compiled(_scores, model, layers, labels)
+        self._params = params
 
-    def _scores(self, leaves: dict[str, Array], quantized: Quantized, batch: Any, key: Array):
-        model, layers = self._model, self._layers
-        args = arguments(batch)
-        z, pull = jax.vjp(lambda p: model.outputs(p, args), leaves)
-        signs = jax.random.rademacher(key, z.shape, jnp.float32)
-        (g,) = pull(model.distribution.spread(z, signs))
-        slope = None
-        if model.loss is not None:
-            (slope,) = pull(jax.grad(lambda out: model.objective(z, out, batch))(z))
-
-        def terms(path: str, q: QTensor) -> list[Array]:
-            change = dequantize_array(q).astype(jnp.float32) - leaves[path]
-            along = [] if slope is None else [change * slope[path]]
-            return [change * g[path], (change * g[path]) ** 2, *along]
-
-        count = 2 if slope is None else 3
-        stacked = by_item(layers, self._labels, quantized, terms, count)
-        rows = {p: layer_sums(g[p] ** 2, s).reshape(-1) for p, s in layers.items()}
-        return stacked, rows
-
-    def add(self, leaves: Any, quantized: Quantized, batch: Any, key: Array, examples: int) -> None:
+    def add(self, quantized: Quantized, batch: Any, key: Array, examples: int) -> None:
         """One batch."""
-        stacked, rows = jax.device_get(self._step(leaves, quantized, batch, key))
+        stacked, rows = jax.device_get(self._step(self._params, quantized, batch, key))
         score, *others = (np.asarray(x, np.float64) for x in stacked)
         self._pairs = self._pairs + np.outer(score, score)
         if len(others) > 1:
@@ -200,37 +228,39 @@ class Fisher:
         return Measured(loss, divergence, pairs, {p: x / n / sizes[p] for p, x in rows.items()})
 
 
+def _compared(
+    model: Model, reference: Array, outputs: Array, batch: Any, key: Array
+) -> tuple[Array, Array, Array]:
+    """By how much the loss is more, the divergence, and the change of the outputs in units of it,
+    sketched."""
+    change = model.distribution.half(reference, outputs - reference).reshape(-1)
+    if change.size > SKETCH:
+        signs = jax.random.rademacher(key, change.shape, jnp.float32)
+        # Neighbours go to different sums, as the outputs of one token are not independent.
+        padded = jnp.pad(change * signs, (0, -change.size % SKETCH))
+        change = padded.reshape(-1, SKETCH).sum(0)
+    divergence = model.distribution.divergence(reference, outputs).mean()
+    now = model.objective(reference, outputs, batch)
+    return now - model.objective(reference, reference, batch), divergence, change
+
+
 class Perturbation:
     """Gathers the outputs with each item alone. Mutable; it lives as long as one call."""
 
-    def __init__(
-        self, model: Model, layers: dict[str, tuple[int, ...]], labels: tuple[str, ...]
-    ) -> None:
-        self._model, self._layers, self._labels = model, layers, labels
-        self._items = items_of(layers, labels)
+    def __init__(self, model: Model, params: Params, layers: Layers, labels: Labels) -> None:
+        self._params, self._layers = params, dict(layers)
+        self._items = items_of(self._layers, labels)
         self._loss: Any = 0.0
         self._divergence: Any = 0.0
         self._pairs: Any = 0.0
         self._examples = 0
-        self._run = jax.jit(model.outputs)
-        self._compare = jax.jit(self._compared)
+        self._run = compiled(Model.outputs, model)
+        self._compare = compiled(_compared, model)
 
-    def _compared(self, reference: Array, outputs: Array, batch: Any, key: Array):
-        model = self._model
-        change = model.distribution.half(reference, outputs - reference).reshape(-1)
-        if change.size > SKETCH:
-            signs = jax.random.rademacher(key, change.shape, jnp.float32)
-            # Neighbours go to different sums, as the outputs of one token are not independent.
-            padded = jnp.pad(change * signs, (0, -change.size % SKETCH))
-            change = padded.reshape(-1, SKETCH).sum(0)
-        divergence = model.distribution.divergence(reference, outputs).mean()
-        now = model.objective(reference, outputs, batch)
-        return now - model.objective(reference, reference, batch), divergence, change
-
-    def add(self, leaves: Any, quantized: Quantized, batch: Any, key: Array, examples: int) -> None:
+    def add(self, quantized: Quantized, batch: Any, key: Array, examples: int) -> None:
         """One batch."""
-        args = arguments(batch)
-        reference = self._run(leaves, args)
+        args, leaves = arguments(batch), self._params.leaves
+        reference = self._run(self._params, args)
         found = []
         for item in self._items:
             q = quantized[item.format].get(item.path)
@@ -241,7 +271,8 @@ class Perturbation:
                         leaves[item.path], q, item.layer, self._layers[item.path]
                     )
                 }
-                found.append(self._compare(reference, self._run(swapped, args), batch, key))
+                outputs = self._run(self._params._replace(leaves=swapped), args)
+                found.append(self._compare(reference, outputs, batch, key))
             else:
                 found.append(self._compare(reference, reference, batch, key))
         loss, divergence, changes = (
@@ -271,40 +302,48 @@ def _with_layer(w: Array, q: QTensor, layer: int, shape: tuple[int, ...]) -> Arr
     return w.at[at].set(_dequantized(q)[at])
 
 
+def _traces(
+    model: Model,
+    layers: Layers,
+    labels: Labels,
+    params: Params,
+    quantized: Quantized,
+    batch: Any,
+    key: Array,
+) -> tuple[Array, Array, dict[str, Array]]:
+    """|dw|^2 of every item, the slope along dw, and an estimate of the trace of the Hessian."""
+    args, leaves, shapes = arguments(batch), params.leaves, dict(layers)
+    reference = jax.lax.stop_gradient(model.outputs(params, args))
+
+    def objective(p: dict[str, Array]) -> Array:
+        return model.objective(reference, model.outputs(params._replace(leaves=p), args), batch)
+
+    keys = dict(zip(leaves, jax.random.split(key, len(leaves)), strict=True))
+    v = {p: jax.random.rademacher(keys[p], x.shape, x.dtype) for p, x in leaves.items()}
+    slope, product = jax.jvp(jax.grad(objective), (leaves,), (v,))
+    traces = {p: layer_sums(v[p] * product[p], s).reshape(-1) for p, s in layers}
+
+    def terms(path: str, q: QTensor) -> list[Array]:
+        change = dequantize_array(q).astype(jnp.float32) - leaves[path]
+        return [change**2, change * slope[path]]
+
+    squares, first = by_item(shapes, labels, quantized, terms, 2)
+    return squares, first, traces
+
+
 class Hessian:
     """Gathers the traces of the Hessian. Mutable; it lives as long as one call."""
 
-    def __init__(
-        self, model: Model, layers: dict[str, tuple[int, ...]], labels: tuple[str, ...]
-    ) -> None:
-        self._model, self._layers, self._labels = model, layers, labels
+    def __init__(self, model: Model, params: Params, layers: Layers, labels: Labels) -> None:
+        self._params, self._layers, self._labels = params, dict(layers), labels
+        self._has_loss = model.loss is not None
         self._sums: Any = None
         self._examples = 0
-        self._step = jax.jit(self._traces)
+        self._step = compiled(_traces, model, layers, labels)
 
-    def _traces(self, leaves: dict[str, Array], quantized: Quantized, batch: Any, key: Array):
-        model, layers = self._model, self._layers
-        args = arguments(batch)
-        reference = jax.lax.stop_gradient(model.outputs(leaves, args))
-
-        def objective(p: dict[str, Array]) -> Array:
-            return model.objective(reference, model.outputs(p, args), batch)
-
-        keys = dict(zip(leaves, jax.random.split(key, len(leaves)), strict=True))
-        v = {p: jax.random.rademacher(keys[p], x.shape, x.dtype) for p, x in leaves.items()}
-        slope, product = jax.jvp(jax.grad(objective), (leaves,), (v,))
-        traces = {p: layer_sums(v[p] * product[p], s).reshape(-1) for p, s in layers.items()}
-
-        def terms(path: str, q: QTensor) -> list[Array]:
-            change = dequantize_array(q).astype(jnp.float32) - leaves[path]
-            return [change**2, change * slope[path]]
-
-        squares, first = by_item(layers, self._labels, quantized, terms, 2)
-        return squares, first, traces
-
-    def add(self, leaves: Any, quantized: Quantized, batch: Any, key: Array, examples: int) -> None:
+    def add(self, quantized: Quantized, batch: Any, key: Array, examples: int) -> None:
         """One batch."""
-        found = jax.device_get(self._step(leaves, quantized, batch, key))
+        found = jax.device_get(self._step(self._params, quantized, batch, key))
         new = jax.tree.map(lambda x: np.asarray(x, np.float64) * examples, found)
         self._sums = new if self._sums is None else jax.tree.map(np.add, self._sums, new)
         self._examples += examples
@@ -316,9 +355,9 @@ class Hessian:
         mean = {p: np.maximum(x, 0.0) / sizes[p] for p, x in traces.items()}
         weight = np.concatenate([np.tile(mean[p], len(self._labels)) for p in self._layers])
         curvature = weight * squares / 2
-        if self._model.loss is None:
-            return Measured(curvature, curvature, None, mean)
-        return Measured(first + curvature, None, None, mean)
+        if self._has_loss:
+            return Measured(first + curvature, None, None, mean)
+        return Measured(curvature, curvature, None, mean)
 
 
 MEASURES: dict[Mode, type[Measure]] = {

@@ -12,11 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from quantjax.allocate.measures import compiled
+from quantjax.fake_quantized import is_quantized
 from quantjax.interpret.evaluate import Machine
+from quantjax.interpret.intercept import is_array
 from quantjax.interpret.param import Param
 from quantjax.interpret.pieces import arguments
 from quantjax.interpret.products import PRODUCTS
-from quantjax.interpret.program import Equation, Leaf, Program, flatten, layer_of, read
+from quantjax.interpret.program import Equation, Leaf, flatten, layer_of, read
 from quantjax.interpret.record import Record
 from quantjax.paths import named_leaves
 
@@ -28,15 +31,14 @@ def product_errors(
 
     `trees` are like `params`, with everything quantized that the format quantizes, as floats.
     Products inside what can not be opened (`quantjax.interpret.program`) are not seen."""
-    args = arguments(batch)
-    program = flatten(apply, params, *args)
-    leaves, _ = jax.tree.flatten(args)
-    arrays = [x for x in leaves if isinstance(x, jax.Array | np.ndarray | np.generic)]
-    run = jax.jit(lambda *a: _energies(program, *a))
-    floats = dict(named_leaves(params)[0])
+    leaves, structure = jax.tree.flatten((params, arguments(batch)), is_leaf=is_quantized)
+    fixed = tuple(None if is_array(x) else x for x in leaves)
+    arrays = [x for x in leaves if is_array(x)]
+    run = compiled(_energies, apply, structure, fixed)
     out = {}
     for label, tree in trees.items():
-        energies = jax.device_get(run(floats, dict(named_leaves(tree)[0]), arrays))
+        quantized = [x for x in jax.tree.leaves(tree, is_leaf=is_quantized) if is_array(x)]
+        energies = jax.device_get(run(arrays, quantized))
         out[label] = {
             name: tuple(_decibels(float(signal), float(e)) for e in (local, accumulated))
             for name, (signal, local, accumulated) in energies.items()
@@ -51,14 +53,22 @@ def _decibels(signal: float, error: float) -> float:
 
 
 def _energies(
-    program: Program, floats: dict[str, Any], quantized: dict[str, Any], arrays: list[Any]
+    apply: Callable[..., Any],
+    structure: Any,
+    fixed: tuple[Any, ...],
+    arrays: list[Any],
+    quantized: list[Any],
 ) -> dict[str, jax.Array]:
-    """By layer: the energy of its products, and of their two errors."""
+    """By layer: the energy of its products, and of their two errors. `arrays` are those of the
+    parameters and arguments in their order, `quantized` those of the parameters."""
+    moving = iter(arrays)
+    params, args = jax.tree.unflatten(structure, [next(moving) if x is None else x for x in fixed])
+    program = flatten(apply, params, *args)
     machine = Machine(Record())
-    envs: list[dict[int, Any]] = []
-    for _ in range(2):
-        envs.append(dict(zip(program.arguments, arrays, strict=True)))
-    trees = (floats, quantized)
+    beside = arrays[len(quantized) :]
+    envs = [dict(zip(program.arguments, beside, strict=True)) for _ in range(2)]
+    floats, moved = named_leaves(params)[0], iter(quantized)
+    trees = dict(floats), {name: next(moved) if is_array(x) else x for name, x in floats}
     found: dict[str, jax.Array] = {}
     for step in program.instructions:
         inputs = [

@@ -2,6 +2,7 @@
 SQNR of products, and the weights themselves, in one report."""
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -12,7 +13,16 @@ import numpy as np
 
 from quantjax.allocate.candidates import Candidates, candidates
 from quantjax.allocate.distribution import Distribution, categorical
-from quantjax.allocate.measures import MEASURES, Item, Loss, Measured, Mode, Model, items_of
+from quantjax.allocate.measures import (
+    MEASURES,
+    Item,
+    Loss,
+    Measured,
+    Mode,
+    Model,
+    Params,
+    items_of,
+)
 from quantjax.allocate.products import product_errors
 from quantjax.allocate.report import Cell, Row, Sensitivity
 from quantjax.allocate.weights import facts, forms, matrix, rounded
@@ -83,19 +93,19 @@ def sensitivity(
         raise ValueError("sensitivity: expected at least one batch, got none.")
     found = sites(apply, params, *arguments(seen[0]))
     options = candidates(params, formats, found)
-    model, leaves = _model(apply, params, options, loss, distribution)
+    model, arrays = _model(apply, params, options, loss, distribution)
     key = jax.random.key(0) if key is None else key
 
-    gather = MEASURES[mode](model, options.layers, options.labels)
+    gather = MEASURES[mode](model, arrays, tuple(options.layers.items()), options.labels)
     count = examples = 0
     for count, batch in enumerate(itertools.chain(seen, batches), start=1):
-        n = _examples(model, leaves, batch)
-        gather.add(leaves, options.leaves, batch, jax.random.fold_in(key, count), n)
+        n = _examples(model, arrays, batch)
+        gather.add(options.leaves, batch, jax.random.fold_in(key, count), n)
         examples += n
-    sizes = {p: leaves[p].size // math.prod(s) for p, s in options.layers.items()}
+    sizes = {p: arrays.leaves[p].size // math.prod(s) for p, s in options.layers.items()}
     measured = gather.result(sizes)
     _check_finite(options, measured)
-    errors = _product_errors(apply, params, options, seen[:products])
+    errors = _product_errors(model.apply, params, options, seen[:products])
     rows = _rows(params, options, forms(options.layers, tuple(found)), measured, errors)
     return Sensitivity(
         rows=rows,
@@ -116,24 +126,38 @@ def _model(
     options: Candidates,
     loss: Loss | None,
     distribution: Distribution,
-) -> tuple[Model, dict[str, jax.Array]]:
-    """The model as a function of the leaves that any format quantizes, and those."""
+) -> tuple[Model, Params]:
+    """The model as a function of arrays: of the leaves that any format quantizes, and the rest."""
     named, structure = named_leaves(params)
     names = [name for name, _ in named]
     double = sorted({n for n in names if names.count(n) > 1 and n in options.layers})
     if double:
         raise ValueError(f"{double[0]}: two parameters of one name can not be told apart.")
+    moved = {name: jax.numpy.asarray(x) for name, x in named if name in options.layers}
+    others = [(name, x) for name, x in named if name not in moved]
+    model = Model(
+        apply=_hashable(apply),
+        structure=structure,
+        names=tuple(name if name in moved else None for name in names),
+        fixed=tuple(None if name in moved or is_array(x) else x for name, x in named),
+        loss=loss if loss is None else _hashable(loss),
+        distribution=distribution,
+    )
+    return model, Params(moved, [x for _, x in others if is_array(x)])
 
-    def rebuild(moved: dict[str, Any]) -> Any:
-        return jax.tree.unflatten(structure, [moved.get(name, x) for name, x in named])
 
-    leaves = {name: jax.numpy.asarray(x) for name, x in named if name in options.layers}
-    return Model(apply, rebuild, loss, distribution), leaves
+def _hashable(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, by which what is compiled for it is found again; else one that is like none."""
+    try:
+        hash(function)
+    except TypeError:
+        return functools.partial(function)
+    return function
 
 
-def _examples(model: Model, leaves: dict[str, jax.Array], batch: Any) -> int:
+def _examples(model: Model, params: Params, batch: Any) -> int:
     """How many outputs a batch gives, each a distribution."""
-    shape = jax.eval_shape(lambda p: model.outputs(p, arguments(batch)), leaves).shape
+    shape = jax.eval_shape(lambda p: model.outputs(p, arguments(batch)), params).shape
     return math.prod(shape[:-1])
 
 

@@ -209,3 +209,22 @@ def test_an_unknown_format_raises():
     report = qj.sensitivity(apply, mlp(), inputs(), ["w8"], mode=Mode.HESSIAN, products=0)
     with pytest.raises(ValueError, match="'w5' is none of"):
         report.ranking("w5")
+
+
+@pytest.mark.parametrize("mode", Mode)
+def test_a_model_is_compiled_once_for_all_its_reports(mode):
+    """With other parameters and batches it costs two traces for shapes, and no program."""
+    traces = []
+
+    def counted(params, x):
+        traces.append(x.shape)
+        return apply(params, x)
+
+    def report(seed):
+        batches = [inputs()[0] + seed]
+        return qj.sensitivity(counted, mlp(seed), batches, ["w4", "w3"], mode=mode).to_json()
+
+    first, count = report(0), len(traces)
+    assert report(1) != first
+    assert len(traces) - count == 2 < count
+    assert report(0) == first
