@@ -26,6 +26,7 @@ import quantjax as qj
 from experiments.activations import Config as Networks
 from experiments.activations import judges
 from experiments.evaluate import evaluate
+from experiments.method_tables import PREDICTIONS, correlation
 from experiments.post_training import Judge
 from experiments.report import environment, print_table
 from experiments.rows import Rows
@@ -118,12 +119,6 @@ def tasks(config: Config) -> Iterator[tuple[dict[str, Any], Task]]:
                 yield key, Task(judge, params, config, calibration)
 
 
-def correlation(rows: list[dict[str, Any]], name: str) -> float:
-    """Of predicted and measured losses, in logarithms: they span five powers of ten."""
-    x, y = (np.log([max(row[n], 1e-9) for row in rows]) for n in (name, "measured"))
-    return float(np.corrcoef(x, y)[0, 1])
-
-
 def main(config: Config) -> None:
     """Fills in the rows that are missing and prints the table."""
     folder = Path(__file__).parent if config.publish else config.out
@@ -151,8 +146,8 @@ def main(config: Config) -> None:
             ])  # fmt: skip
         heads = ["budget", "bytes", *METHODS, *(f"KL {m}" for m in METHODS)]
         print_table(network, heads, cells)
-        for name in ("predicted_layers", "predicted_pairs"):
-            print(f"{name} against measured: correlation {correlation(mine, name):.4f}")
+        for way, field in PREDICTIONS.items():
+            print(f"predicted by {way}, measured: correlation {correlation(mine, field):.4f}")
 
 
 if __name__ == "__main__":

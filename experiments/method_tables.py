@@ -198,6 +198,25 @@ def allocations(payload: Mapping[str, Any], network: str) -> Table:
     return Table(columns, lines, [])
 
 
+PREDICTIONS = {"layers": "predicted_layers", "pairs": "predicted_pairs"}
+
+
+def predictions(payload: Mapping[str, Any]) -> Table:
+    """By network, how well the loss that each way predicts goes with what was measured."""
+    lines: list[tuple[str, ...]] = []
+    for network in dict.fromkeys(row["network"] for row in payload["rows"]):
+        rows = [r for r in _with(payload["rows"], network=network) if "reason" not in r]
+        found = [f"{correlation(rows, field):.4f}" for field in PREDICTIONS.values()]
+        lines.append((network, str(len(rows)), *found))
+    return Table(("network", "allocations", *PREDICTIONS), lines, [])
+
+
+def correlation(rows: Iterable[Row], field: str) -> float:
+    """Of predicted and measured losses, in logarithms: they span five powers of ten."""
+    pairs = [(math.log(max(row[field], 1e-9)), math.log(row["measured"])) for row in rows]
+    return statistics.correlation(*zip(*pairs, strict=True))
+
+
 def _of(methods: Sequence[str] | None, rows: Iterable[Row]) -> list[Row]:
     """The rows of these methods, or of all but the float network."""
     return [

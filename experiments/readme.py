@@ -89,6 +89,7 @@ METHODS: dict[str, Callable[[Any], method_tables.Table]] = {
     "allocate fashion_mnist": partial(method_tables.allocations, network="fashion_mnist"),
     "allocate mnist": partial(method_tables.allocations, network="mnist"),
     "allocate resnet32": partial(method_tables.allocations, network="resnet32"),
+    "allocate predictions": method_tables.predictions,
 }
 BLOCK = re.compile(r"(<!-- table: (\w+)( \w+)? -->\n).*?(<!-- end -->)", re.DOTALL)
 

@@ -1,5 +1,6 @@
 """Do the tables of methods say what the rows say?"""
 
+import numpy as np
 import pytest
 
 from experiments import method_tables
@@ -72,6 +73,18 @@ def test_allocations_compare_the_ways_at_each_budget():
     assert table.columns == ("bytes of", "kB", "uniform, %", "pairs, %", "uniform, KL", "pairs, KL")
     cells = ("w2", "2.0", "50.50 ± 0.71", "60.50 ± 0.71", "5.00e-01", "5.00e-01")
     assert table.lines == [cells]
+
+
+def test_predictions_are_compared_with_what_was_measured():
+    rows = [
+        {"network": "a", "measured": m, "predicted_layers": 2 * m**1.5, "predicted_pairs": p}
+        for m, p in ((1e-4, 3.0), (1e-3, 1.0), (0.1, 2.0))
+    ]
+    failed = {"network": "a", "reason": "no allocation"}
+    table = method_tables.predictions({"rows": [*rows, failed]})
+    assert table.columns == ("network", "allocations", "layers", "pairs")
+    want = np.corrcoef(np.log([1e-4, 1e-3, 0.1]), np.log([3.0, 1.0, 2.0]))[0, 1]
+    assert table.lines == [("a", "3", "1.0000", f"{want:.4f}")]
 
 
 def test_training_is_compared_with_float_networks_trained_as_long():
