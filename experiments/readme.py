@@ -45,7 +45,7 @@ FRONT_RESNET = (
 )  # fmt: skip
 FRONT_LANGUAGE = (
     "torchao absmax", "torchao hqq", "hqq package", "qwix awq", "qwix gptq", "absmax", "hqq",
-    "brecq", "gptq", "gptq, rotated",
+    "brecq", "gptq", "gptq, rotated", "adaround",
 )  # fmt: skip
 METHODS: dict[str, Callable[[Any], method_tables.Table]] = {
     "ptq_resnet front": partial(_resnet(ends="low", folded=False), methods=FRONT_RESNET),
