@@ -161,12 +161,13 @@ def inference_markdown(
 def ratios_markdown(
     payload: Mapping[str, Any],
 ) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """The first kind of call in milliseconds, then how many times as long each other kind takes."""
+    """How long the first kind of call takes, then how many times as long each other kind does."""
     found = {(row["network"], row["how"]): row for row in payload["rows"]}
     first, *hows = dict.fromkeys(how for _, how in found)
     rows = []
     for network in dict.fromkeys(network for network, _ in found):
-        base = f"{found[network, first]['median_ms']:.3g} ms"
+        ms = found[network, first]["median_ms"]
+        base = f"{ms:.3g} ms" if ms < 1000 else f"{ms / 1000:.3g} s"
         rows.append((network, base, *(f"{found[network, h]['times_as_long']:.2f}" for h in hows)))
     return ("network", first, *hows), rows
 

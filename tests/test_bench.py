@@ -152,3 +152,11 @@ def test_a_report_is_timed_beside_a_calibration():
     assert [row["how"] for row in rows] == ["calibrate", "sensitivity"]
     assert rows[0]["times_as_long"] == 1 and rows[1]["times_as_long"] > 0
     assert ratios_markdown({"rows": rows})[0] == ("network", "calibrate", "sensitivity")
+
+
+@pytest.mark.parametrize(
+    ("ms", "cell"), [(60.24, "60.2 ms"), (999.4, "999 ms"), (16700.0, "16.7 s")]
+)
+def test_long_calls_are_in_seconds(ms, cell):
+    rows = [{"network": "n", "how": how, "median_ms": ms, "times_as_long": 2.0} for how in "ab"]
+    assert ratios_markdown({"rows": rows})[1] == [("n", cell, "2.00")]
