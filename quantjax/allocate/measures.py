@@ -15,7 +15,6 @@ the Hessian a batch (HAWQ-V2, Dong et al. 2019, arXiv:1911.03852)."""
 
 import dataclasses
 import enum
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -27,6 +26,7 @@ from jaxtyping import Array, Float
 
 from quantjax.affine import dequantize_array
 from quantjax.allocate.distribution import Distribution
+from quantjax.interpret.once import Frame, jit_once
 from quantjax.interpret.pieces import arguments
 from quantjax.qtensor import QTensor
 
@@ -78,25 +78,20 @@ class Params(NamedTuple):
 class Model:
     """`apply` as a function of arrays; hashable, so that what is compiled for it is kept.
 
-    structure, names, fixed: of the tree of parameters, and of each of its leaves the name if any
-    format quantizes it, and itself if it is no array. loss: None stands for the divergence from the
-    float model's own outputs."""
+    frame: of the tree of parameters. names: of its arrays, where any format quantizes them. loss:
+    None stands for the divergence from the float model's own outputs."""
 
     apply: Callable[..., Any]
-    structure: Any
+    frame: Frame
     names: tuple[str | None, ...]
-    fixed: tuple[Any, ...]
     loss: Loss | None
     distribution: Distribution
 
     def outputs(self, params: Params, args: tuple[Any, ...]) -> Array:
         """The model's outputs. Raises ValueError if they are not one array of rank 1 or more."""
-        others = iter(params.rest)
-        tree = [
-            params.leaves[name] if name is not None else next(others) if x is None else x
-            for name, x in zip(self.names, self.fixed, strict=True)
-        ]
-        out = self.apply(jax.tree.unflatten(self.structure, tree), *args)
+        rest = iter(params.rest)
+        arrays = [next(rest) if name is None else params.leaves[name] for name in self.names]
+        out = self.apply(self.frame.filled(arrays), *args)
         if not hasattr(out, "ndim") or out.ndim == 0:
             raise ValueError(
                 f"sensitivity: expected apply to return one array of outputs, such as logits, got "
@@ -111,13 +106,6 @@ class Model:
         return jnp.mean(self.loss(outputs, batch))
 
 
-@functools.lru_cache(maxsize=8)
-def compiled(function: Callable[..., Any], *first: Any) -> Callable[..., Any]:
-    """jit(function) with its first arguments bound, compiled once for a model that is asked again:
-    with other parameters or batches, say."""
-    return jax.jit(functools.partial(function, *first))
-
-
 def items_of(layers: dict[str, tuple[int, ...]], labels: tuple[str, ...]) -> list[Item]:
     """All items, in the order of every vector here."""
     return [
@@ -129,8 +117,8 @@ def items_of(layers: dict[str, tuple[int, ...]], labels: tuple[str, ...]) -> lis
 
 
 def by_item(
-    layers: dict[str, tuple[int, ...]],
-    labels: tuple[str, ...],  # as jit sorts the keys of a dict
+    layers: Layers,
+    labels: Labels,  # as jit sorts the keys of a dict
     quantized: Quantized,
     function: Callable[[str, QTensor], Sequence[Array]],
     count: int,
@@ -138,7 +126,7 @@ def by_item(
     """The `count` arrays that function(path, leaf) gives for every quantized leaf, each summed over
     every layer; zero for floats."""
     parts = []
-    for path, shape in layers.items():
+    for path, shape in layers:
         for label in labels:
             q = quantized[label].get(path)
             if q is None:
@@ -177,7 +165,7 @@ def _scores(
 ) -> tuple[Array, dict[str, Array]]:
     """g . dw of every item and its squares by element (with the slope of a loss along dw), and the
     squares of g."""
-    args, shapes = arguments(batch), dict(layers)
+    args = arguments(batch)
     z, pull = jax.vjp(lambda p: model.outputs(params._replace(leaves=p), args), params.leaves)
     signs = jax.random.rademacher(key, z.shape, jnp.float32)
     (g,) = pull(model.distribution.spread(z, signs))
@@ -190,7 +178,7 @@ def _scores(
         along = [] if slope is None else [change * slope[path]]
         return [change * g[path], (change * g[path]) ** 2, *along]
 
-    stacked = by_item(shapes, labels, quantized, terms, 2 if slope is None else 3)
+    stacked = by_item(layers, labels, quantized, terms, 2 if slope is None else 3)
     return stacked, {p: layer_sums(g[p] ** 2, s).reshape(-1) for p, s in layers}
 
 
@@ -201,7 +189,7 @@ class Fisher:
         self._sums: Any = None
         self._pairs: Any = 0.0
         self._batches = self._examples = 0
-        self._step = compiled(_scores, model, layers, labels)
+        self._step = jit_once(_scores, model, layers, labels)
         self._params = params
 
     def add(self, quantized: Quantized, batch: Any, key: Array, examples: int) -> None:
@@ -254,8 +242,8 @@ class Perturbation:
         self._divergence: Any = 0.0
         self._pairs: Any = 0.0
         self._examples = 0
-        self._run = compiled(Model.outputs, model)
-        self._compare = compiled(_compared, model)
+        self._run = jit_once(Model.outputs, model)
+        self._compare = jit_once(_compared, model)
 
     def add(self, quantized: Quantized, batch: Any, key: Array, examples: int) -> None:
         """One batch."""
@@ -312,7 +300,7 @@ def _traces(
     key: Array,
 ) -> tuple[Array, Array, dict[str, Array]]:
     """|dw|^2 of every item, the slope along dw, and an estimate of the trace of the Hessian."""
-    args, leaves, shapes = arguments(batch), params.leaves, dict(layers)
+    args, leaves = arguments(batch), params.leaves
     reference = jax.lax.stop_gradient(model.outputs(params, args))
 
     def objective(p: dict[str, Array]) -> Array:
@@ -327,7 +315,7 @@ def _traces(
         change = dequantize_array(q).astype(jnp.float32) - leaves[path]
         return [change**2, change * slope[path]]
 
-    squares, first = by_item(shapes, labels, quantized, terms, 2)
+    squares, first = by_item(layers, labels, quantized, terms, 2)
     return squares, first, traces
 
 
@@ -335,11 +323,11 @@ class Hessian:
     """Gathers the traces of the Hessian. Mutable; it lives as long as one call."""
 
     def __init__(self, model: Model, params: Params, layers: Layers, labels: Labels) -> None:
-        self._params, self._layers, self._labels = params, dict(layers), labels
+        self._params, self._layers, self._labels = params, layers, labels
         self._has_loss = model.loss is not None
         self._sums: Any = None
         self._examples = 0
-        self._step = compiled(_traces, model, layers, labels)
+        self._step = jit_once(_traces, model, layers, labels)
 
     def add(self, quantized: Quantized, batch: Any, key: Array, examples: int) -> None:
         """One batch."""
@@ -353,7 +341,7 @@ class Hessian:
         as zero: no rounding is predicted to gain."""
         squares, first, traces = jax.tree.map(lambda x: x / self._examples, self._sums)
         mean = {p: np.maximum(x, 0.0) / sizes[p] for p, x in traces.items()}
-        weight = np.concatenate([np.tile(mean[p], len(self._labels)) for p in self._layers])
+        weight = np.concatenate([np.tile(mean[p], len(self._labels)) for p, _ in self._layers])
         curvature = weight * squares / 2
         if self._has_loss:
             return Measured(first + curvature, None, None, mean)

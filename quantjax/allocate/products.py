@@ -12,10 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from quantjax.allocate.measures import compiled
-from quantjax.fake_quantized import is_quantized
 from quantjax.interpret.evaluate import Machine
-from quantjax.interpret.intercept import is_array
+from quantjax.interpret.once import Frame, jit_once, taken_apart
 from quantjax.interpret.param import Param
 from quantjax.interpret.pieces import arguments
 from quantjax.interpret.products import PRODUCTS
@@ -31,14 +29,12 @@ def product_errors(
 
     `trees` are like `params`, with everything quantized that the format quantizes, as floats.
     Products inside what can not be opened (`quantjax.interpret.program`) are not seen."""
-    leaves, structure = jax.tree.flatten((params, arguments(batch)), is_leaf=is_quantized)
-    fixed = tuple(None if is_array(x) else x for x in leaves)
-    arrays = [x for x in leaves if is_array(x)]
-    run = compiled(_energies, apply, structure, fixed)
+    floats, frame = taken_apart(params)
+    beside, others = taken_apart(arguments(batch))
+    run = jit_once(_energies, apply, frame, others)
     out = {}
     for label, tree in trees.items():
-        quantized = [x for x in jax.tree.leaves(tree, is_leaf=is_quantized) if is_array(x)]
-        energies = jax.device_get(run(arrays, quantized))
+        energies = jax.device_get(run(floats, taken_apart(tree)[0], beside))
         out[label] = {
             name: tuple(_decibels(float(signal), float(e)) for e in (local, accumulated))
             for name, (signal, local, accumulated) in energies.items()
@@ -54,21 +50,18 @@ def _decibels(signal: float, error: float) -> float:
 
 def _energies(
     apply: Callable[..., Any],
-    structure: Any,
-    fixed: tuple[Any, ...],
-    arrays: list[Any],
+    frame: Frame,
+    others: Frame,
+    floats: list[Any],
     quantized: list[Any],
+    beside: list[Any],
 ) -> dict[str, jax.Array]:
-    """By layer: the energy of its products, and of their two errors. `arrays` are those of the
-    parameters and arguments in their order, `quantized` those of the parameters."""
-    moving = iter(arrays)
-    params, args = jax.tree.unflatten(structure, [next(moving) if x is None else x for x in fixed])
-    program = flatten(apply, params, *args)
+    """By layer: the energy of its products, and of their two errors. frame, others: of the
+    parameters, whose arrays are `floats` or `quantized`, and of the arguments, `beside`."""
+    program = flatten(apply, frame.filled(floats), *others.filled(beside))
     machine = Machine(Record())
-    beside = arrays[len(quantized) :]
     envs = [dict(zip(program.arguments, beside, strict=True)) for _ in range(2)]
-    floats, moved = named_leaves(params)[0], iter(quantized)
-    trees = dict(floats), {name: next(moved) if is_array(x) else x for name, x in floats}
+    trees = [dict(named_leaves(frame.filled(x))[0]) for x in (floats, quantized)]
     found: dict[str, jax.Array] = {}
     for step in program.instructions:
         inputs = [

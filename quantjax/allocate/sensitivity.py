@@ -2,7 +2,6 @@
 SQNR of products, and the weights themselves, in one report."""
 
 import dataclasses
-import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -28,6 +27,7 @@ from quantjax.allocate.report import Cell, Row, Sensitivity
 from quantjax.allocate.weights import facts, forms, matrix, rounded
 from quantjax.formats import is_learned
 from quantjax.interpret.intercept import is_array, sites
+from quantjax.interpret.once import taken_apart
 from quantjax.interpret.pieces import arguments
 from quantjax.observers import absmax, mse
 from quantjax.paths import named_leaves
@@ -105,7 +105,7 @@ def sensitivity(
     sizes = {p: arrays.leaves[p].size // math.prod(s) for p, s in options.layers.items()}
     measured = gather.result(sizes)
     _check_finite(options, measured)
-    errors = _product_errors(model.apply, params, options, seen[:products])
+    errors = _product_errors(apply, params, options, seen[:products])
     rows = _rows(params, options, forms(options.layers, tuple(found)), measured, errors)
     return Sensitivity(
         rows=rows,
@@ -128,31 +128,16 @@ def _model(
     distribution: Distribution,
 ) -> tuple[Model, Params]:
     """The model as a function of arrays: of the leaves that any format quantizes, and the rest."""
-    named, structure = named_leaves(params)
+    named, _ = named_leaves(params)
     names = [name for name, _ in named]
     double = sorted({n for n in names if names.count(n) > 1 and n in options.layers})
     if double:
         raise ValueError(f"{double[0]}: two parameters of one name can not be told apart.")
     moved = {name: jax.numpy.asarray(x) for name, x in named if name in options.layers}
-    others = [(name, x) for name, x in named if name not in moved]
-    model = Model(
-        apply=_hashable(apply),
-        structure=structure,
-        names=tuple(name if name in moved else None for name in names),
-        fixed=tuple(None if name in moved or is_array(x) else x for name, x in named),
-        loss=loss if loss is None else _hashable(loss),
-        distribution=distribution,
-    )
-    return model, Params(moved, [x for _, x in others if is_array(x)])
-
-
-def _hashable(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, by which what is compiled for it is found again; else one that is like none."""
-    try:
-        hash(function)
-    except TypeError:
-        return functools.partial(function)
-    return function
+    arrays, frame = taken_apart(params)
+    of_arrays = [name if name in moved else None for name, x in named if is_array(x)]
+    rest = [x for name, x in zip(of_arrays, arrays, strict=True) if name is None]
+    return Model(apply, frame, tuple(of_arrays), loss, distribution), Params(moved, rest)
 
 
 def _examples(model: Model, params: Params, batch: Any) -> int:

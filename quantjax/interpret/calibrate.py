@@ -3,7 +3,6 @@ Jacob et al. 2018, arXiv:1712.05877, section 3.1; the percentile: Wu et al. 2020
 arXiv:2004.09602, section 4."""
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -14,6 +13,7 @@ from quantjax.formats import is_learned
 from quantjax.interpret.evaluate import Machine
 from quantjax.interpret.intercept import is_array, record_of, run
 from quantjax.interpret.method import Method, Run, journal_of
+from quantjax.interpret.once import Frame, jit_once, taken_apart
 from quantjax.interpret.pieces import arguments
 from quantjax.interpret.record import Record, Site
 from quantjax.interpret.statistics import (
@@ -110,29 +110,14 @@ def calibrate(
     start = empty(watches)
     found = start if state is None else restored(state, start)
 
-    step = _compiled(apply, tuple(watches.items()))
+    step = jit_once(_step, apply, tuple(watches.items()), static_argnums=(2,))
     for i, batch in enumerate(itertools.chain(first, batches)):
-        leaves, structure = jax.tree.flatten((floats, *arguments(batch)), is_leaf=is_qtensor)
-        fixed = tuple(None if is_array(x) else x for x in leaves)
-        found = step(found, [x for x in leaves if is_array(x)], structure, fixed)
+        found = step(found, *taken_apart((floats, *arguments(batch))))
         check_finite(found, watches, i)
         if on_batch is not None:
             on_batch(i, found)
     check_reached(found, watches, met)
     return _with_scales(tree, watches, found)
-
-
-def _compiled(apply: Callable[..., Any], watches: tuple[tuple[str, Watch], ...]) -> Any:
-    """The step, compiled once for a model that is calibrated again: with other batches, say."""
-    try:
-        return _kept(apply, watches)
-    except TypeError:  # a callable that can not be hashed
-        return _kept.__wrapped__(apply, watches)
-
-
-@functools.lru_cache(maxsize=8)
-def _kept(apply: Callable[..., Any], watches: tuple[tuple[str, Watch], ...]) -> Any:
-    return jax.jit(functools.partial(_step, apply, dict(watches)), static_argnums=(2, 3))
 
 
 def _checkarguments(batches: Any, policy: Any) -> None:
@@ -253,18 +238,14 @@ def _watches(tree: Any) -> dict[str, Watch]:
 
 def _step(
     apply: Callable[..., Any],
-    watches: dict[str, Watch],
+    watches: tuple[tuple[str, Watch], ...],
     state: dict[str, State],
     arrays: Sequence[Any],
-    structure: Any,
-    fixed: tuple[Any, ...],
+    frame: Frame,
 ) -> dict[str, State]:
-    """The state after one batch."""
-    moving = iter(arrays)
-    leaves = [next(moving) if x is None else x for x in fixed]
-    args = jax.tree.unflatten(structure, leaves)
-    statistics = Statistics(watches, state)
-    run(Machine(Record(), statistics=statistics), apply, args, {})
+    """The state after one batch, whose arrays fill the frame."""
+    statistics = Statistics(dict(watches), state)
+    run(Machine(Record(), statistics=statistics), apply, frame.filled(arrays), {})
     return statistics.state
 
 
