@@ -71,6 +71,11 @@ class FakeQuantized:
         return len(self.value.shape)
 
     @property
+    def layers(self) -> tuple[int, ...]:
+        """The leading axes beyond the block, those of stacked layers."""
+        return self.shape[: self.ndim - len(self.spec.block_shape)]
+
+    @property
     def dtype(self) -> np.dtype:
         """The dtype of the array."""
         return np.dtype(self.value.dtype)

@@ -56,10 +56,8 @@ class PACTActivations:
         key: jax.Array | None,
     ) -> Float[Array, "*x"]:
         """D(Q(clip(x, 0, bound))): dL/dx passes below the bound, dL/dbound sums what is above."""
-        bound, floats = (
-            kept_above(learned["bound"]),
-            x.astype(jnp.float32),
-        )  # sums of many gradients
+        bound = kept_above(learned["bound"])
+        floats = x.astype(jnp.float32)  # sums of many gradients
         clipped = jnp.where(floats < bound, jnp.where(floats < 0, 0, floats), bound).astype(x.dtype)
         scales = jax.lax.stop_gradient(self.settled(learned, act))
         return rounded_activation(clipped, scales, act, summed)

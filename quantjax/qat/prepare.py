@@ -124,7 +124,7 @@ def _with_estimator(name: str, x: FakeQuantized, estimator: Estimator | None) ->
                 given = Scales(x.act_scale, x.act_zero_point)
             learned = dict(activations.start(given, act))
             if given is None:  # every layer of a stack begins alike, and learns its own
-                learned = {k: jnp.broadcast_to(a, _layers(x) + a.shape) for k, a in learned.items()}
+                learned = {k: jnp.broadcast_to(a, x.layers + a.shape) for k, a in learned.items()}
             x = dataclasses.replace(x, act_scale=None, act_zero_point=None, act_learned=learned)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
@@ -152,15 +152,9 @@ def _for_products(
         if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
             key = jax.random.wrap_key_data(key)
         own = jax.random.fold_in(jax.random.fold_in(key, zlib.crc32(name.encode())), 1)
-        layers = _layers(x)
-        own = jax.random.split(own, layers) if layers else own
+        own = jax.random.split(own, x.layers) if x.layers else own
     zero = _as_float(x.act_zero_point)
     return dataclasses.replace(x, act_zero_point=zero, backward=backward, key=own)
-
-
-def _layers(x: FakeQuantized) -> tuple[int, ...]:
-    """The leading axes, of a stack of layers."""
-    return x.shape[: x.ndim - len(x.spec.block_shape)]
 
 
 def _as_float(zero_point: jax.Array | None) -> jax.Array | None:
@@ -184,7 +178,7 @@ def _quantized(x: FakeQuantized) -> Any:
     if own is not None and x.spec.act is not None:
         act = own.settled(x.act_learned or {}, x.spec.act) or Scales(None)
         if act.scale is not None:
-            act = act._replace(scale=jnp.broadcast_to(scale_values(act.scale), _layers(x)))
+            act = act._replace(scale=jnp.broadcast_to(scale_values(act.scale), x.layers))
     zero = _as_code(act.zero_point, x.spec.act)
     return dataclasses.replace(
         q,

@@ -25,8 +25,7 @@ def at(tree: Any, progress: Float[Array, ""] | float) -> Any:
     def one(x: Any) -> Any:
         if not isinstance(x, FakeQuantized):
             return x
-        layers = x.shape[: x.ndim - len(x.spec.block_shape)]
-        now = jnp.broadcast_to(jnp.clip(jnp.asarray(progress, jnp.float32), 0, 1), layers)
+        now = jnp.broadcast_to(jnp.clip(jnp.asarray(progress, jnp.float32), 0, 1), x.layers)
         return dataclasses.replace(x, progress=jax.lax.stop_gradient(now))
 
     return jax.tree.map(one, tree, is_leaf=is_quantized)

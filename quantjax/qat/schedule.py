@@ -123,7 +123,7 @@ def _of_bits(x: FakeQuantized, bits: int, act_bits: int | None) -> FakeQuantized
         return x
     act, ratio = _spec_of_bits(spec.act, act_bits)
     if own is not None and own.activations is not None:
-        ones = Scales(jnp.ones(x.shape[: x.ndim - len(spec.block_shape)], jnp.float32))
+        ones = Scales(jnp.ones(x.layers, jnp.float32))
         _check_alike(own.activations.start(ones, act), x.act_learned)
     return dataclasses.replace(
         x,

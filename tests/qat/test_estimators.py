@@ -141,18 +141,21 @@ def test_a_run_goes_on_to_the_same_bits(name):
     same(trained(half, 2, state)[0], whole)
 
 
+STACKED = {"kernel": jnp.stack([PARAMS["a"]["kernel"][:, :6] * s for s in (1.0, 3.0)])}
+
+
+def scanned(p, x):
+    return jax.lax.scan(lambda h, k: (jax.nn.relu(h @ k), None), x, p["kernel"])[0]
+
+
 @one
 def test_layers_of_a_scan_learn_apart(name):
     case = CASES[name]
-    stacked = {"kernel": jnp.stack([PARAMS["a"]["kernel"][:, :6] * s for s in (1.0, 3.0)])}
-
-    def scanned(p, x):
-        return jax.lax.scan(lambda h, k: (jax.nn.relu(h @ k), None), x, p["kernel"])[0]
 
     def single(p, x):
         return jax.nn.relu(x @ p["kernel"])
 
-    tree = prepared(case, case.weights[0], apply=scanned, params=stacked)
+    tree = prepared(case, case.weights[0], apply=scanned, params=STACKED)
     gradient = jax.jit(jax.grad(lambda t: jnp.sum(qj.intercept(scanned)(t, X) ** 2)))(tree)
     layer = lambda t, i: jax.tree.map(lambda a: a[i], t)  # noqa: E731
     run = qj.intercept(single)
@@ -172,15 +175,10 @@ def test_layers_of_a_scan_learn_apart(name):
 @pytest.mark.parametrize("name", ["pact", "apot", "n2uq", "dorefa"])
 def test_layers_that_nothing_calibrated_learn_apart_too(name):
     case = CASES[name]
-    stacked = {"kernel": jnp.stack([PARAMS["a"]["kernel"][:, :6] * s for s in (1.0, 3.0)])}
-
-    def scanned(p, x):
-        return jax.lax.scan(lambda h, k: (jax.nn.relu(h @ k), None), x, p["kernel"])[0]
-
     spec = dataclasses.replace(spec_of(case.weights[0]), act=case.act)
-    found = qj.sites(scanned, stacked, X)
+    found = qj.sites(scanned, STACKED, X)
     tree = qat.prepare(
-        stacked, qj.Policy([("kernel", spec)]), sites=found, estimator=case.estimator
+        STACKED, qj.Policy([("kernel", spec)]), sites=found, estimator=case.estimator
     )
     for a in jax.tree.leaves(tree["kernel"].act_learned):
         assert a.shape[0] == 2
@@ -190,17 +188,13 @@ def test_layers_that_nothing_calibrated_learn_apart_too(name):
 
 def test_thresholds_of_layers_are_stored_and_served(tmp_path):
     """Several numbers a layer beside its codes: in a scan, and where layers are indexed."""
-    stacked = {"kernel": jnp.stack([PARAMS["a"]["kernel"][:, :6] * s for s in (1.0, 3.0)])}
-
-    def scanned(p, x):
-        return jax.lax.scan(lambda h, k: (jax.nn.relu(h @ k), None), x, p["kernel"])[0]
 
     def indexed(p, x):
         for i in range(2):
             x = jax.nn.relu(x @ p["kernel"][i])
         return x
 
-    tree = prepared(CASES["n2uq"], "w2", apply=scanned, params=stacked)
+    tree = prepared(CASES["n2uq"], "w2", apply=scanned, params=STACKED)
     widths = tree["kernel"].act_learned["widths"] * jnp.array([[0.5, 1.5, 1.0], [1.2, 0.6, 0.4]])
     learned = {**tree["kernel"].act_learned, "widths": widths}
     tree = {"kernel": dataclasses.replace(tree["kernel"], act_learned=learned)}
@@ -213,7 +207,7 @@ def test_thresholds_of_layers_are_stored_and_served(tmp_path):
     (site,) = {s.act: s for s in qj.intercept(scanned).report(stored, X).sites}.values()
     assert (site.act, site.lowering) == ("uint2 by thresholds, static", "int8 product")
     with pytest.raises(ValueError, match="kernel: like= holds thresholds of its activation"):
-        qat.prepare(stacked, like=stored)
+        qat.prepare(STACKED, like=stored)
 
 
 def test_one_set_of_thresholds_serves_parts_and_layers():
@@ -222,9 +216,6 @@ def test_one_set_of_thresholds_serves_parts_and_layers():
 
     def rows(p, x):
         return x[:, :4] @ p["kernel"][:4]
-
-    def scanned(p, x):
-        return jax.lax.scan(lambda h, k: (jax.nn.relu(h @ k), None), x, p["kernel"])[0]
 
     for apply, w in ((rows, kernel[0]), (scanned, kernel)):
         spec = QuantSpec(format=spec_of("w2").format, block=(None,) * w.ndim, act=static(2))

@@ -335,8 +335,6 @@ def test_a_block_of_zeros_has_the_gradient_of_the_others(weights):
 
 
 FLAT = {"apot": "apot 4 bits", "n2uq": "w2", "ir_net": "binary", "xnor": "binary", "lsq": "w2"}
-
-
 SOME = [("apot", 0.3), ("n2uq", 0.0), ("ir_net", 0.3), ("xnor", 0.0)]
 
 
